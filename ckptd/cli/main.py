@@ -1,0 +1,40 @@
+"""The `ckptd` command: a table of commands, each loaded when it is called."""
+
+from __future__ import annotations
+
+from cyclopts import App
+
+from ckptd import __version__
+
+__all__ = ["app", "main"]
+
+COMMANDS = {
+    "demo": "Two daemons and a guest on this machine; kills the primary and proves what the secondary resumed.",
+    "primary": "Run the primary daemon: protect a guest.",
+    "secondary": "Run the secondary daemon: hold replicas, ready to resume their guests.",
+    "status": "What a daemon does and holds.",
+    "promote": "Failover: resume the guest from the replica on this secondary.",
+    "switchover": "Move a protected guest to its secondary, on purpose and without loss.",
+    "history": "The committed epochs that a secondary still has.",
+    "replay": "Feed recorded epochs to a replica and check every digest.",
+    "verify": "Compare a replica's image with its digest.",
+    "restore": "Write the image as it was at an epoch to a file.",
+    "checkpoint": "Take a checkpoint now and wait until it is acknowledged.",
+    "bench": "Measure every figure that the documents claim.",
+    "check-config": "Check a configuration file; print each value and where it comes from.",
+    "sample-config": "Print a commented configuration file that works as it stands.",
+}
+
+app = App(
+    name="ckptd",
+    help="Keeps a running machine alive when its host dies.",
+    version=__version__,
+)
+for _name, _help in COMMANDS.items():
+    _module = _name.replace("-", "_")
+    app.command(f"ckptd.cli.{_module}:{_module}", name=_name, help=_help)
+
+
+def main() -> None:
+    """The entry point of the `ckptd` script."""
+    app()
