@@ -1,0 +1,50 @@
+# Everything here works from a fresh checkout: the first target that needs it makes .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench soak lock clean
+
+help:  ## print the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
+	    printf '  make %-8s %s\n' "$$name" "$$what"; done
+
+setup: $(STAMP)  ## make .venv with the locked packages and ckptd in it
+
+$(STAMP): requirements.lock pyproject.toml
+	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	    [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	        || { echo "python's venv module is missing: install python3-venv" >&2; exit 1; }; \
+	    apt-get update -qq && apt-get install -y -qq python3-venv; fi
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup  ## see it work: two daemons, a guest, a killed primary; 10 seconds
+	$(BIN)/ckptd demo --seconds 10
+
+test: setup  ## run the tests
+	$(BIN)/pytest -q
+
+check: setup  ## ruff, mypy --strict and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: setup  ## measure the figures that the documents claim
+	$(BIN)/ckptd bench
+
+soak: setup  ## kill and promote for a long time, checking everything
+	$(BIN)/python -m tests.soak
+
+lock:  ## pin the newest packages that pyproject.toml allows (needs pip-tools)
+	$(BIN)/pip-compile -q --upgrade --generate-hashes --strip-extras --allow-unsafe --extra dev --no-header \
+	    --no-emit-options --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
+	    -o requirements.lock pyproject.toml
+	@sed -i '/^# The following packages are considered/d' requirements.lock
+
+clean:  ## remove what was built, and .venv
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
