@@ -130,4 +130,5 @@ def gfns_of_runs(starts: npt.ArrayLike, lengths: npt.ArrayLike) -> Gfns:
     begin, count = np.asarray(starts, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
     ends = np.cumsum(count)
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) + np.repeat(begin - (ends - count), count)
+    gfns: Gfns = np.arange(total, dtype=np.int64) + np.repeat(begin - (ends - count), count)
+    return gfns
