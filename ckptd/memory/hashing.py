@@ -42,7 +42,8 @@ class PageHasher:
     @property
     def zero(self) -> Hashes:
         """The hash of a page of zeros, shape (2,)."""
-        return self._zero
+        zero: Hashes = self._zero
+        return zero
 
     def hash_rows(self, rows: Rows) -> Hashes:
         """The hashes, shape (n, 2), of n contiguous pages."""
@@ -54,7 +55,8 @@ class PageHasher:
         joined = b"".join(
             [digest(pages[start : start + PAGE_SIZE], seed) for start in range(0, len(pages), PAGE_SIZE)]
         )
-        return np.frombuffer(joined, dtype=_LANE).reshape(-1, 2)
+        hashes: Hashes = np.frombuffer(joined, dtype=_LANE).reshape(-1, 2)
+        return hashes
 
     def is_zero(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
         """Which of the hashes are those of a page of zeros, shape (n,)."""

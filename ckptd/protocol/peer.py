@@ -13,8 +13,17 @@ from enum import Enum
 
 from crc32c import crc32c
 
-from ckptd.errors import CkptdError, CorruptFrame, LocalProtocolError, RemoteProtocolError, TransportError
-from ckptd.protocol.messages import NACK_CODES, Bye, Heartbeat, Message, Nack, encode
+from ckptd.errors import (
+    CkptdError,
+    CorruptFrame,
+    DigestMismatch,
+    EpochGap,
+    LocalProtocolError,
+    NoSpace,
+    RemoteProtocolError,
+    TransportError,
+)  # fmt: skip
+from ckptd.protocol.messages import Bye, Heartbeat, Message, Nack, encode
 from ckptd.protocol.reader import FrameReader
 from ckptd.protocol.wire import VERSION, Buffer, Header, Type, pack_frame
 
@@ -91,7 +100,7 @@ class Peer:
 
     def nack(self, error: CkptdError) -> Buffers:
         """What to tell the peer before closing on it."""
-        code = error.code if isinstance(error, RemoteProtocolError) and error.code in NACK_CODES else "failed"
+        code = error.code if isinstance(error, RemoteProtocolError) else _CODES.get(type(error), "failed")
         return self._close_with(code, str(error))
 
     def bye(self, text: str) -> Buffers:
@@ -131,6 +140,9 @@ class Peer:
         self._sequence += 1
         self._sent = self._now
         return [head, *payload]
+
+
+_CODES: dict[type[CkptdError], str] = {EpochGap: "gap", DigestMismatch: "digest", NoSpace: "no_space"}
 
 
 def check_crc(payload: Buffer, stated: int, header: Header) -> None:

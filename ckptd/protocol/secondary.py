@@ -13,20 +13,30 @@ from enum import Enum, auto
 from typing import Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from ckptd import __version__
 from ckptd.errors import CorruptFrame, DigestMismatch, EpochGap, RemoteProtocolError, VersionMismatch
-from ckptd.memory.batch import DELTA, RAW, ZERO, expand_delta
+from ckptd.memory.batch import DELTA, RAW, ZERO, Kinds, expand_delta
 from ckptd.memory.digest import HashTable
 from ckptd.memory.dirtyset import DirtySet, Gfns
 from ckptd.memory.hashing import Hashes, Rows, same
-from ckptd.memory.regions import Geometry
 from ckptd.protocol.chain import next_chain
 from ckptd.protocol.messages import (
-    Ack, Commit, Hello, Iteration, Nack, Output, Promoted, State, Table, Verified, Welcome, decode,
+    Ack,
+    Commit,
+    Hello,
+    Iteration,
+    Output,
+    Promoted,
+    State,
+    Table,
+    Verified,
+    Welcome,
+    decode,
 )  # fmt: skip
 from ckptd.protocol.pages import Pages, decode_pages, encode_pages
-from ckptd.protocol.peer import Buffers, Event, Peer, PeerClosed, Timing, check_crc
+from ckptd.protocol.peer import Buffers, Event, Peer, Timing, check_crc
 from ckptd.protocol.reader import Frame, FrameReader
 from ckptd.protocol.wire import OLDEST_VERSION, VERSION, Buffer, Header, Type, pack_frame
 from ckptd.units import PAGE_SIZE
@@ -147,11 +157,14 @@ class SecondaryMachine(Peer):
         self._holding: Holding | None = None
         self._scratch = memoryview(b"")
         self._incoming: Pages | None = None
-        self._direct = False
-        self._final = False
+        self._direct = self._staged = self._final = False
         self.pages_received = 0
         self.bytes_received = 0
-        self._new_epoch()
+        self._pages = self._iteration_pages = self._iteration = 0
+        self._last = (0, -1)
+        self._suspect = DirtySet.empty(0)
+        self._changes: list[tuple[int, Gfns, Hashes]] = []
+        self._state_crc = self._output_crc = 0
 
     # --- what the daemon does
 
@@ -316,14 +329,15 @@ class SecondaryMachine(Peer):
         if self._direct and pages.contiguous:
             rows = self._held.images[pages.region][first[1] : first[1] + len(pages.gfns)]
             return rows.reshape(-1).data
-        if self._direct or pages.iteration or (pages.kinds == DELTA).any():
-            if len(self._scratch) < header.payload_length:
-                self._scratch = memoryview(bytearray(header.payload_length))
-            return self._scratch[: header.payload_length]
-        return self._held.place(header, meta)
+        self._staged = not (self._direct or pages.iteration or (pages.kinds == DELTA).any())
+        if self._staged:
+            return self._held.place(header, meta)
+        if len(self._scratch) < header.payload_length:
+            self._scratch = memoryview(bytearray(header.payload_length))
+        return self._scratch[: header.payload_length]
 
     def _pages_in(self, frame: Frame) -> None:
-        pages, table, holding = self._incoming, self._table, self._held
+        pages, table = self._incoming, self._table
         assert pages is not None
         self._incoming = None
         raw = frame.payload[: pages.raw * PAGE_SIZE]
@@ -346,7 +360,7 @@ class SecondaryMachine(Peer):
             table.update(pages.region, pages.gfns, hashes)
         else:
             self._changes.append((pages.region, pages.gfns, hashes))
-            if pages.iteration or rows.base is None or len(raw) < len(frame.payload):
+            if not self._staged:
                 self._append_raw(frame.header, pages, hashes, rows)
         self._pages += len(pages.gfns)
         self._iteration_pages += len(pages.gfns)
@@ -362,7 +376,7 @@ class SecondaryMachine(Peer):
         rows[kinds == DELTA] = expand_delta(block, len(delta)) ^ self._held.images[pages.region][delta]
         return rows
 
-    def _write(self, pages: Pages, kinds: np.ndarray, rows: Rows) -> None:
+    def _write(self, pages: Pages, kinds: Kinds, rows: Rows) -> None:
         """Into the image, where no committed epoch is at stake; pages of zeros are not touched if they are zero already."""
         image, table = self._held.images[pages.region], self._table
         if not pages.contiguous:
@@ -383,7 +397,7 @@ class SecondaryMachine(Peer):
         )
         self._held.append(head, rows.reshape(-1).data)
 
-    def _suspect_in(self, pages: Pages, torn: np.ndarray) -> None:
+    def _suspect_in(self, pages: Pages, torn: npt.NDArray[np.bool_]) -> None:
         """A torn page must come again before COMMIT."""
         if not torn.any() and not self._suspect:
             return
@@ -447,12 +461,10 @@ class SecondaryMachine(Peer):
         self._new_epoch()
 
     def _new_epoch(self) -> None:
-        regions = len(self._table.geometry) if self._holding is not None else 0
-        self._pages = self._iteration_pages = 0
-        self._iteration = 0
+        self._pages = self._iteration_pages = self._iteration = 0
         self._last = (0, -1)
-        self._suspect = DirtySet.empty(regions)
-        self._changes: list[tuple[int, Gfns, Hashes]] = []
+        self._suspect = DirtySet.empty(len(self._table.geometry))
+        self._changes = []
         self._state_crc = self._output_crc = 0
 
     @staticmethod
