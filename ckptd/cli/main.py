@@ -1,10 +1,18 @@
-"""The `ckptd` command: a table of commands, each loaded when it is called."""
+"""The `ckptd` command: a table of commands, each loaded when it is called.
+
+The command `check-config` is the function `check_config` in ckptd/cli/check_config.py, and so on.
+"""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
 
 from cyclopts import App
 
 from ckptd import __version__
+from ckptd.cli.common import run
 
 __all__ = ["app", "main"]
 
@@ -29,12 +37,19 @@ app = App(
     name="ckptd",
     help="Keeps a running machine alive when its host dies.",
     version=__version__,
+    version_flags=("--version",),
+    suppress_keyboard_interrupt=False,
+    exit_on_error=False,
+    result_action="return_value",
 )
 for _name, _help in COMMANDS.items():
-    _module = _name.replace("-", "_")
-    app.command(f"ckptd.cli.{_module}:{_module}", name=_name, help=_help)
+    _function = _name.replace("-", "_")
+    _module = f"ckptd.cli.{_function}"
+    if find_spec(_module):  # what a build leaves out is no command of it
+        app.command(f"{_module}:{_function}", name=_name, help=_help)
 
 
-def main() -> None:
-    """The entry point of the `ckptd` script."""
-    app()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point of the `ckptd` script: run the command and exit with its code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run(lambda: app(given), as_json="--json" in given))

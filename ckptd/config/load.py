@@ -87,7 +87,7 @@ def _read(path: Path, role: Role | None) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise ConfigError("there is no such file", hint=_sample_hint(role or "primary"), file=path) from None
+        raise ConfigError("there is no such file", hint=_sample_hint(role), file=path) from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=path) from error
     except UnicodeDecodeError as error:
@@ -96,8 +96,8 @@ def _read(path: Path, role: Role | None) -> dict[str, Any]:
         raise ConfigError(f"is not valid TOML: {error}", hint='text needs quotes: "25ms"', file=path) from None
 
 
-def _sample_hint(role: Role) -> str:
-    return f"print one that works with `ckptd sample-config {role}`"
+def _sample_hint(role: Role | None) -> str:
+    return f"`ckptd sample-config {role or 'primary'}` prints one that works"
 
 
 def _role_of(raw: Mapping[str, Any]) -> Role | None:
