@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 from cyclopts import Parameter
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -57,11 +58,11 @@ def check_config(
     emit(report, as_json, _table)
 
 
-def _table(report: _Report) -> Table:
-    title = f"{report['file']}: a {report['role']}'s configuration, without mistakes"
-    table = Table("key", "value", "origin", title=Text(title))
+def _table(report: _Report) -> Group:
+    heading = f"{report['file']}: a {report['role']}'s configuration, without mistakes"
+    table = Table("key", "value", "origin")
     for key, entry in report["keys"].items():
         # Text, since rich would take the brackets of an address for markup.
         style = "dim" if entry["origin"] == "default" else None
         table.add_row(key, Text(str(entry["value"])), entry["origin"], style=style)
-    return table
+    return Group(Text(heading, no_wrap=True, overflow="ignore"), table)
