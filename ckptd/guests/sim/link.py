@@ -1,0 +1,179 @@
+"""The daemon's end of a guest process: start it or find it, ask it, see whether it lives, end it.
+
+The listening socket is made here and handed over, so that the first connection needs no retries. The process gets a
+session of its own and no descriptor but that socket: it must outlive the daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ckptd
+from ckptd.errors import GuestError
+from ckptd.guests.sim.wire import receive, send, socket_address
+
+__all__ = ["GuestLink"]
+
+_TIMEOUT = 10.0  # seconds for one answer; a step takes microseconds, an import a second on a busy machine
+_END_WAIT = 2.0
+_SPIN = 0.0003
+
+
+class GuestLink:
+    """A connection to one guest process. `started` says that this call made the process."""
+
+    def __init__(self, sock: socket.socket, runtime: Path, process: subprocess.Popen[bytes] | None) -> None:
+        sock.settimeout(_TIMEOUT)
+        self._sock = sock
+        self._runtime = runtime
+        self._process = process
+        self._pidfd = -1
+        self.started = process is not None
+        self.pid = 0
+        self.active = False
+        self.page_fd = -1
+
+    @classmethod
+    async def open(cls, runtime: Path) -> GuestLink:
+        """Connect to the process whose socket is in `runtime`, or start one. Raises GuestError."""
+        try:
+            runtime.mkdir(parents=True, exist_ok=True)
+            control = runtime / "guest.sock"
+            sock = _connect(control)
+            process = None
+            if sock is None:
+                sock, process = _start(control, runtime / "guest.log")
+        except OSError as error:
+            raise GuestError(f"the guest's process cannot be started: {error}", runtime=str(runtime)) from error
+        link = cls(sock, runtime, process)
+        try:
+            hello, fds = await asyncio.to_thread(link.ask, {"op": "hello"})
+            link.page_fd = fds[0]
+            link.pid, link.active = int(hello["pid"]), bool(hello["active"])
+            link._pidfd = os.pidfd_open(link.pid)
+        except BaseException:
+            link.close()
+            raise
+        return link
+
+    def ask(
+        self, message: dict[str, Any], fds: Sequence[int] = (), *, spin: bool = False
+    ) -> tuple[dict[str, Any], list[int]]:
+        """Send, and wait for the answer. Raises GuestError if the process says no, or nothing any more.
+
+        `spin`: look for the answer for a moment before sleeping; waking up takes longer than the answer.
+        """
+        try:
+            send(self._sock, message, fds)
+            if spin:
+                self._spin()
+            answer = receive(self._sock)
+        except OSError as error:
+            raise self._gone(f"the guest's process does not answer: {error or type(error).__name__}") from error
+        if answer is None:
+            raise self._gone("the guest's process has ended")
+        reply, received = answer
+        if "error" in reply:
+            raise GuestError(reply["error"], pid=self.pid or None)
+        return reply, received
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send what has no answer. Raises GuestError."""
+        try:
+            send(self._sock, message)
+        except OSError as error:
+            raise self._gone("the guest's process has ended") from error
+
+    def alive(self) -> bool:
+        """The process runs: neither ended nor killed, whoever started it."""
+        return self._pidfd >= 0 and not self._ended(0)
+
+    async def end(self) -> None:
+        """Ask it to end; kill it if it does not. Closes the link."""
+        with suppress(GuestError):
+            await asyncio.to_thread(self.ask, {"op": "end"})
+        if self._pidfd >= 0 and not await asyncio.to_thread(self._ended, _END_WAIT):
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        if self._process is not None:
+            await asyncio.to_thread(self._process.wait)
+        self.close()
+        for left in ("guest.sock", "guest.pid"):
+            (self._runtime / left).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leave the process alone."""
+        self._sock.close()
+        for fd in (self._pidfd, self.page_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._pidfd = self.page_fd = -1
+
+    def _spin(self) -> None:
+        end = time.perf_counter() + _SPIN
+        while time.perf_counter() < end:
+            try:
+                self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                return
+            except BlockingIOError:
+                os.sched_yield()  # in case the guest waits for this very CPU
+
+    def _ended(self, timeout: float) -> bool:
+        return bool(select.select([self._pidfd], [], [], timeout)[0])  # a pidfd is readable once the process has ended
+
+    def _gone(self, message: str) -> GuestError:
+        return GuestError(message, hint=f"see {self._runtime / 'guest.log'}", pid=self.pid or None)
+
+
+def _connect(control: Path) -> socket.socket | None:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with socket_address(control) as address:
+            sock.connect(address)
+    except (FileNotFoundError, ConnectionRefusedError):
+        sock.close()
+        return None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _start(control: Path, log: Path) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    control.unlink(missing_ok=True)  # nobody listens there: a process that was killed left it
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        with socket_address(control) as address:
+            listener.bind(address)
+        control.chmod(0o600)
+        listener.listen(4)
+        command = [sys.executable, "-P", "-m", "ckptd.guests.sim.process",
+                   "--listen-fd", str(listener.fileno()), "--control", str(control)]  # fmt: skip
+        home = str(Path(ckptd.__file__).resolve().parents[1])
+        paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                command,
+                pass_fds=[listener.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                env=environment,
+            )
+    sock = _connect(control)
+    if sock is None:
+        process.wait()
+        raise GuestError("the guest's process ended as it began", hint=f"see {log}")
+    return sock, process
