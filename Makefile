@@ -13,6 +13,8 @@ help:  ## print the targets
 setup: $(STAMP)  ## make .venv with the locked packages and ckptd in it
 
 $(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "ckptd needs Python 3.11 or newer; try make PYTHON=python3.11" >&2; exit 1; }
 	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
 	    [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	        || { echo "python's venv module is missing: install python3-venv" >&2; exit 1; }; \
