@@ -1,0 +1,275 @@
+"""One connection of a primary to the secondary daemon: the handshake's decision, then epochs made permanent one after another."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from ckptd.daemon.link import Link
+from ckptd.errors import CkptdError, Refused, ReplicaError, StateError, TransportError
+from ckptd.memory.digest import HashTable
+from ckptd.memory.regions import Geometry, Region
+from ckptd.protocol.peer import Event, PeerClosed, Timing
+from ckptd.protocol.secondary import (
+    EpochReady, HandoverReady, HelloReceived, SecondaryMachine, SecondaryState, TableWanted, VerifyWanted,
+)  # fmt: skip
+from ckptd.replica.replica import Replica
+
+if TYPE_CHECKING:
+    from ckptd.daemon.secondary import Protected, SecondaryDaemon
+
+__all__ = ["Session"]
+
+_TABLE_QUEUE = 8 << 20
+
+
+class Session:
+    """Lives from accept to close. Whatever takes long is a task, and the link is held (not read) until it is done."""
+
+    def __init__(self, daemon: SecondaryDaemon, sock: socket.socket, address: str) -> None:
+        self._daemon = daemon
+        self.address = address
+        self._log = structlog.get_logger().bind(primary=address)
+        link = daemon.config.link
+        self._machine = SecondaryMachine(Timing(link.heartbeat, link.timeout), time.monotonic_ns())
+        self._guest: Protected | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
+        self._heard_at = time.monotonic_ns()
+        self._link = Link(sock, self._machine, self._on_event, self._on_end)
+        self._greeting = asyncio.get_running_loop().call_later(link.handshake_timeout / 1e9, self._not_greeted)
+
+    @property
+    def silent(self) -> bool:
+        """The connection is gone."""
+        return self._link.closed
+
+    @property
+    def receiving(self) -> int:
+        return self._machine.receiving
+
+    @property
+    def pages_received(self) -> int:
+        return self._machine.pages_received
+
+    @property
+    def bytes_received(self) -> int:
+        return self._link.received_bytes
+
+    def retime(self, heartbeat: int, timeout: int) -> None:
+        self._machine.retime(Timing(heartbeat, timeout))
+
+    def hold(self) -> None:
+        self._link.hold()
+
+    def go_on(self) -> None:
+        self._link.go_on()
+
+    async def leave(self, text: str) -> None:
+        """Close on purpose, once what is being made permanent is permanent."""
+        if self._work is not None and self._work is not asyncio.current_task():
+            await asyncio.wait({self._work})
+        if not self._link.closed:
+            if self._machine.state is not SecondaryState.CLOSED:
+                self._link.send(self._machine.bye(text))
+            await self._link.flush_and_end(TransportError(text))
+        await self._ended.wait()
+
+    def _not_greeted(self) -> None:
+        if self._machine.state is SecondaryState.GREETING:
+            self._link.end(TransportError("no HELLO within link.handshake_timeout"))
+
+    # --- events
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case EpochReady():
+                self._commit(event)
+            case HelloReceived():
+                self._later(self._greet(event))
+            case TableWanted():
+                self._later(self._send_table())
+            case VerifyWanted():
+                self._later(self._verify())
+            case HandoverReady():
+                self._later(self._hand_over())
+            case PeerClosed():
+                raise TransportError(event.text) if event.code == "bye" else Refused(event.text, code=event.code)
+            case _:
+                pass
+
+    def _later(self, work: Awaitable[None]) -> None:
+        """Do it as a task, reading nothing until it is done."""
+        self._link.hold()
+
+        async def guarded() -> None:
+            try:
+                await work
+            except CkptdError as error:
+                self._link.end(error, tell=True)
+            except OSError as error:
+                self._link.end(ReplicaError(f"the replica failed: {error.strerror or error}"), tell=True)
+            finally:
+                self._work = None
+                self._link.go_on()
+
+        self._work = asyncio.create_task(guarded())
+
+    def _on_end(self, error: CkptdError) -> None:
+        self._greeting.cancel()
+        guest = self._guest
+        log = self._log if guest is None else guest.log.bind(primary=self.address)
+        expected = isinstance(error, TransportError)
+        (log.info if expected else log.warning)("connection closed", reason=str(error))
+        if self._work is None:
+            self._finish(error)
+        else:
+            self._work.add_done_callback(lambda _: self._finish(error))
+
+    def _finish(self, error: CkptdError) -> None:
+        self._machine.abandon()
+        guest = self._guest
+        if guest is not None and guest.session is self:
+            guest.session = None
+            if guest.condition.word != "promoted":
+                guest.condition.become("waiting", f"the primary is not connected: {error.message}")
+        self._daemon.ended(self)
+        self._ended.set()
+
+    # --- handshake
+
+    async def _greet(self, event: HelloReceived) -> None:
+        self._greeting.cancel()
+        refusal = await self._decide(event)
+        if refusal is not None:
+            code, text, guest = refusal
+            replica = guest.replica if guest else None
+            self._link.send(self._machine.refuse(
+                code, text, epoch=replica.epoch if replica else 0, term=replica.term if replica else 0
+            ))  # fmt: skip
+            await self._link.flush_and_end(Refused(text, code=code))
+            return
+        guest = self._guest
+        assert guest is not None
+        await guest.standby.prepare()
+        self._link.send(self._machine.welcome(guest.replica))
+        word = "receiving"
+        guest.condition.become(word, f"from the primary at {self.address}")
+
+    async def _decide(self, event: HelloReceived) -> tuple[str, str, Protected | None] | None:
+        """None to welcome, or code, text and guest of the refusal."""
+        hello, term = event.hello, event.term
+        guest = self._daemon.guests.get(hello.guest)
+        if guest is None:
+            names = ", ".join(self._daemon.guests)
+            return "unknown_guest", f"this secondary has no guest {hello.guest!r}; it has: {names}", None
+        geometry = Geometry(tuple(Region(name, pages) for name, pages in hello.regions))
+        replica = guest.replica
+        if hello.kind != guest.entry.kind:
+            return "other_guest", f"guest {hello.guest} is of kind {hello.kind!r} there and {guest.entry.kind!r} here", guest
+        if replica.holding == "promoted":
+            return "promoted", f"guest {hello.guest} was promoted here at epoch {replica.epoch}, term {replica.term}", guest
+        if term < replica.term:
+            return "stale_term", f"term {term} is over: the replica has seen term {replica.term}", guest
+        if guest.session is not None:
+            self._log.info("a new connection of the primary replaces the old one", guest=hello.guest, old=guest.session.address)
+            await guest.session.leave("replaced by a new connection")
+        async with guest.busy:
+            return await self._fit(guest, replica, event, geometry)
+
+    async def _fit(
+        self, guest: Protected, replica: Replica, event: HelloReceived, geometry: Geometry
+    ) -> tuple[str, str, Protected | None] | None:
+        hello = event.hello
+        if replica.holding != "empty" and (replica.run != hello.run or replica.geometry != geometry):
+            if replica.holding == "committed" and not hello.replace:
+                if replica.geometry != geometry:
+                    return (
+                        "other_guest", f"guest {hello.guest} has memory {geometry} there; the replica has {replica.geometry}", guest
+                    )  # fmt: skip
+                return (
+                    "other_run",
+                    f"the replica holds epoch {replica.epoch} of another run of guest {hello.guest}"
+                    f" ({replica.run.hex()[:8]}, not {hello.run.hex()[:8]}): promote it here, or give it up with"
+                    " `ckptd primary --replace` or `ckptd discard`",
+                    guest,
+                )  # fmt: skip
+            await asyncio.to_thread(replica.discard)
+        try:
+            if replica.holding == "empty":
+                await asyncio.to_thread(
+                    lambda: replica.create(
+                        kind=hello.kind, geometry=geometry, seed=hello.seed, run=hello.run, term=event.term
+                    )
+                )
+            elif replica.holding == "partial":
+                await asyncio.to_thread(replica.rehash)
+            replica.make_room()
+        except ReplicaError as error:
+            code = "no_space" if type(error).__name__ == "NoSpace" else "failed"
+            return code, str(error), guest
+        self._guest = guest
+        guest.session = self
+        return None
+
+    # --- epochs
+
+    def _commit(self, event: EpochReady) -> None:
+        if event.level == "durable":
+            self._later(self._commit_durably(event))
+            return
+        self._permanent(event)
+        self._acknowledge(event)
+
+    async def _commit_durably(self, event: EpochReady) -> None:
+        await asyncio.to_thread(self._permanent, event)
+        self._acknowledge(event)
+
+    def _permanent(self, event: EpochReady) -> None:
+        self._replica.commit(event.epoch, event.term, event.chain, event.digest, event.level)
+
+    def _acknowledge(self, event: EpochReady) -> None:
+        """The acknowledgement leaves before the image is touched: the primary need not wait for that."""
+        guest = self._guest
+        assert guest is not None
+        self._link.send(self._machine.acknowledge(event.level))
+        self._replica.apply()
+        guest.committed_at = time.time()
+
+    async def _send_table(self) -> None:
+        for frame in self._machine.table_frames():
+            self._link.send(frame)
+            await self._link.room(_TABLE_QUEUE)
+
+    async def _verify(self) -> None:
+        """Hash the image's bytes; the table that the commits kept is not asked."""
+        replica = self._replica
+
+        def digest() -> bytes:
+            assert replica.table is not None
+            fresh = HashTable(replica.table.geometry, replica.table.hasher)
+            fresh.rehash(replica.images)
+            return fresh.digest
+
+        self._link.send(self._machine.verified(await asyncio.to_thread(digest)))
+
+    async def _hand_over(self) -> None:
+        guest = self._guest
+        assert guest is not None
+        async with guest.busy:
+            promoted: dict[str, Any] = await self._daemon.promote_now(guest)
+        self._link.send(self._machine.promoted(promoted["term"]))
+        await self._link.flush_and_end(TransportError("the guest was handed over and runs here"))
+
+    @property
+    def _replica(self) -> Replica:
+        if self._guest is None:
+            raise StateError("no guest was agreed on")
+        return self._guest.replica
+
+
