@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +26,6 @@ __all__ = ["GuestLink"]
 
 _TIMEOUT = 10.0  # seconds for one answer; a step takes microseconds, an import a second on a busy machine
 _END_WAIT = 2.0
-_SPIN = 0.0003
 
 
 class GuestLink:
@@ -67,17 +65,11 @@ class GuestLink:
             raise
         return link
 
-    def ask(
-        self, message: dict[str, Any], fds: Sequence[int] = (), *, spin: bool = False
-    ) -> tuple[dict[str, Any], list[int]]:
-        """Send, and wait for the answer. Raises GuestError if the process says no, or nothing any more.
-
-        `spin`: look for the answer for a moment before sleeping; waking up takes longer than the answer.
-        """
+    def ask(self, message: dict[str, Any], fds: Sequence[int] = ()) -> tuple[dict[str, Any], list[int]]:
+        """Send, and wait for the answer. Raises GuestError if the process says no, or nothing any more."""
         try:
+            # Then sleep, not spin: the kernel wakes the guest on this very CPU, and a spin would keep it off.
             send(self._sock, message, fds)
-            if spin:
-                self._spin()
             answer = receive(self._sock)
         except OSError as error:
             raise self._gone(f"the guest's process does not answer: {error or type(error).__name__}") from error
@@ -119,15 +111,6 @@ class GuestLink:
             if fd >= 0:
                 os.close(fd)
         self._pidfd = self.page_fd = -1
-
-    def _spin(self) -> None:
-        end = time.perf_counter() + _SPIN
-        while time.perf_counter() < end:
-            try:
-                self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-                return
-            except BlockingIOError:
-                os.sched_yield()  # in case the guest waits for this very CPU
 
     def _ended(self, timeout: float) -> bool:
         return bool(select.select([self._pidfd], [], [], timeout)[0])  # a pidfd is readable once the process has ended

@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 
 from ckptd.errors import CkptdError, GuestError, StateError
-from ckptd.guests.sim.gate import SimGate, gate_bytes
+from ckptd.guests.sim.gate import RECORD_SIZE, SimGate, gate_bytes
 from ckptd.guests.sim.machine import Machine, Params, header_of
 from ckptd.guests.sim.shared import ControlPage, make_file, map_file
 from ckptd.guests.sim.wire import MAX_REGIONS, receive, send
+from ckptd.guests.sim.workloads import WORKLOADS
 from ckptd.memory.regions import Geometry
 from ckptd.trackers.base import Log
 from ckptd.trackers.bitmap import BitmapLog, bitmap_log_bytes
@@ -170,7 +171,7 @@ class GuestProcess:
                 self._paused = True
                 return {"state": self._running().save()}, []
             case "resume":
-                self._page.pause = self._paused = False
+                self._paused = False  # the flag is the daemon's: it may have set it again already
                 return None, []
             case "end":
                 self._ended = True
@@ -206,6 +207,7 @@ class GuestProcess:
             raise GuestError(f"the state has emitted {machine.outputs} outputs, the gate {gate.written}")
         self._gate_fd, self._memory_fds = fds[0], fds[1:]
         self._gate, self._machine, self._open = gate, machine, True
+        self._page.step = machine.step
 
     def _attach(self, tracker: str, ring_entries: int) -> tuple[dict[str, Any], list[int]]:
         machine = self._running()
@@ -228,6 +230,18 @@ class GuestProcess:
         return {"params": params.as_dict(), "pid": os.getpid()}, shared
 
 
+def _warm_up() -> None:
+    """Go once through all that a promoted guest does first, so that it need not be done for the first time then."""
+    for workload in WORKLOADS:
+        params = Params(Geometry.of(warm=16), workload=workload, output_every=1)
+        memory = [np.zeros(params.geometry.size_bytes // 8, dtype=np.uint64)]
+        machine = Machine.restored(Machine(params, memory).save(), memory)
+        gate = SimGate(np.zeros(gate_bytes(RECORD_SIZE), dtype=np.uint8))
+        output = machine.run_step()
+        if output is not None:
+            gate.emit(output)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Serve until the end; leaves neither socket nor pid file behind unless it is killed."""
     parser = argparse.ArgumentParser(description="The process of a sim guest.")
@@ -237,6 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     pid_file = options.control.with_suffix(".pid")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     pid_file.write_text(f"{os.getpid()}\n")
+    _warm_up()
     gc.freeze()  # what was imported is never garbage
     try:
         GuestProcess(socket.socket(fileno=options.listen_fd)).run()
