@@ -54,5 +54,5 @@ def secondary_handlers(daemon: SecondaryDaemon) -> Handlers:
     async def discard(given: Mapping[str, Any]) -> dict[str, Any]:
         return await daemon.discard(given.get("guest"))
 
-    wishes = {"promote": promote, "restore": restore, "record": record, "discard": discard}
+    wishes: dict[str, Handler] = {"promote": promote, "restore": restore, "record": record, "discard": discard}
     return {"status": status, "history": history}, wishes

@@ -75,7 +75,7 @@ def _answer(handler: Handler) -> Callable[[web.Request], Awaitable[web.Response]
             status = 409 if isinstance(error, StateError | Inconsistent | Fenced) else 500
             return web.json_response({**error.as_dict(), "exit_code": error.exit_code}, status=status)
         except (KeyError, TypeError, ValueError) as error:
-            body = {"error": "BadRequest", "message": f"wrong parameters: {error!r}", "hint": None, "where": {}, "exit_code": 2}
+            body: dict[str, Any] = {"error": "BadRequest", "message": f"wrong parameters: {error!r}", "hint": None, "where": {}, "exit_code": 2}
             return web.json_response(body, status=400)
 
     return respond

@@ -13,6 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -145,7 +146,8 @@ class PrimaryDaemon:
 
     async def _fence(self, error: Fenced) -> None:
         """A higher term exists: nothing leaves from here any more, and the guest stands still (P3)."""
-        await self.guest.pause()
+        with suppress(StateError):  # a switchover has paused it already
+            await self.guest.pause()
         self.condition.become("fenced", str(error))
         while not self._stopping:
             self._wake.clear()

@@ -98,7 +98,7 @@ class SecondaryDaemon:
         """Take over the keys that can change while running."""
         self.config = config
         for guest in self.guests.values():
-            guest.replica.keep(config.replica.history, config.replica.history_bytes)
+            guest.replica.set_limits(config.replica.history, config.replica.history_bytes)
         for session in self._sessions:
             session.retime(config.link.heartbeat, config.link.timeout)
 
@@ -196,12 +196,9 @@ class SecondaryDaemon:
             )
         term = replica.term + 1
         replica.promote(term)
-        descriptors = replica.descriptors()
-        try:
-            await guest.standby.activate(replica.geometry, descriptors, replica.state, replica.held, replica.released)
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+        await guest.standby.activate(
+            replica.geometry, replica.image_fds, replica.state, replica.held, replica.released
+        )
         took = (time.monotonic_ns() - began) / 1e6
         guest.condition.become("promoted", f"promoted at epoch {replica.epoch} in term {term}")
         return {

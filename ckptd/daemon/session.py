@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from ckptd.daemon.link import Link
-from ckptd.errors import CkptdError, Refused, ReplicaError, StateError, TransportError
+from ckptd.errors import CkptdError, NoSpace, Refused, ReplicaError, StateError, TransportError
 from ckptd.memory.digest import HashTable
 from ckptd.memory.regions import Geometry, Region
 from ckptd.protocol.peer import Event, PeerClosed, Timing
@@ -158,8 +158,7 @@ class Session:
         assert guest is not None
         await guest.standby.prepare()
         self._link.send(self._machine.welcome(guest.replica))
-        word = "receiving"
-        guest.condition.become(word, f"from the primary at {self.address}")
+        guest.condition.become("receiving", f"from the primary at {self.address}")
 
     async def _decide(self, event: HelloReceived) -> tuple[str, str, Protected | None] | None:
         """None to welcome, or code, text and guest of the refusal."""
@@ -208,11 +207,14 @@ class Session:
                     )
                 )
             elif replica.holding == "partial":
-                await asyncio.to_thread(replica.rehash)
-            replica.make_room()
+                table = replica.table
+                assert table is not None
+                await asyncio.to_thread(table.rehash, replica.images)  # a cut may have left half a page
+            replica.append()  # nothing yet: but room for the first epoch, or NoSpace now
+        except NoSpace as error:
+            return "no_space", str(error), guest
         except ReplicaError as error:
-            code = "no_space" if type(error).__name__ == "NoSpace" else "failed"
-            return code, str(error), guest
+            return "failed", str(error), guest
         self._guest = guest
         guest.session = self
         return None

@@ -75,6 +75,10 @@ class Guest(Protocol):
     @property
     def geometry(self) -> Geometry: ...
     @property
+    def run(self) -> bytes:
+        """16 random bytes, made when the guest was started: a guest started anew is another one."""
+
+    @property
     def tracker(self) -> Tracker: ...
     @property
     def gate(self) -> Gate: ...

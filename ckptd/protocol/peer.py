@@ -80,6 +80,10 @@ class Peer:
         self._reader.received(count)
         self._now = self._heard = now
 
+    def next_event(self) -> Event | None:
+        """The next thing that the daemon must know or do, or None until more arrives. Raises RemoteProtocolError: close."""
+        raise NotImplementedError
+
     def end_of_stream(self) -> None:
         """The peer closed the stream. Raises CorruptFrame if that cut a frame."""
         if self._reader.in_frame:

@@ -63,6 +63,10 @@ class SimGuest:
         return self.params.vcpus
 
     @property
+    def run(self) -> bytes:
+        return self._now.run
+
+    @property
     def tracker(self) -> Tracker:
         return self._now.tracker
 
@@ -91,6 +95,7 @@ class SimGuest:
             try:
                 self._check(Params.from_dict(reply["params"]))
                 self._attached = self._map(link, fds)
+                self._attached.run = reply["run"]
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -209,6 +214,7 @@ class _Attached:
         self.memory = memory
         self.attention = attention
         self.state: bytes | None = None
+        self.run = b""
 
     def close(self) -> None:
         self.link.close()

@@ -60,6 +60,7 @@ class GuestProcess:
         self._gate_fd = -1
         self._log_fd = -1
         self._memory_fds: list[int] = []
+        self._run = os.urandom(16)
 
     def run(self) -> None:
         """Until `end`, or until a standby's daemon is gone."""
@@ -227,7 +228,7 @@ class GuestProcess:
         machine.log, self._log_fd = log, log_fd
         self._open = False  # the daemon has the gate from here on
         shared = [self._gate_fd, log_fd, self._page_fd, self._attention, *self._memory_fds]
-        return {"params": params.as_dict(), "pid": os.getpid()}, shared
+        return {"params": params.as_dict(), "run": self._run, "pid": os.getpid()}, shared
 
 
 def _warm_up() -> None:
