@@ -1,0 +1,1 @@
+"""What the secondary holds of one guest: image, staged epoch, journal, history."""

@@ -1,0 +1,469 @@
+"""The replica of one guest: its image, which is exactly one committed epoch, the staged epoch, and what is retained.
+
+An epoch is staged (`place`, `append`), made permanent (`commit`), acknowledged by the caller, and applied to the
+image (`apply`). The staged epoch is the redo log of its own application. Order of every step, so that a process may
+die between any two:
+
+    commit   [durable: fdatasync the staged file] · rename it to epoch-N.seg · [durable: fsync the directory] apply
+    write undo.new · rename it to epoch-N.undo · scatter the pages · meta says epoch N · recycle what history lets go
+
+Commit, apply, promote and restore exclude each other by a lock and may run in any thread; `place` and `append` may go
+on meanwhile. Knows no connection and no peer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from ckptd.errors import EpochGap, Fenced, Inconsistent, JournalError, NoSpace, ReplicaError, StateError
+from ckptd.memory.digest import HashTable
+from ckptd.memory.hashing import Hashes, PageHasher, Rows
+from ckptd.memory.regions import Geometry
+from ckptd.protocol.wire import Buffer, Header
+from ckptd.replica.files import Lock, boot_id, saying, sync_directory
+from ckptd.replica.image import Image
+from ckptd.replica.journal import HistoryEntry, Journal
+from ckptd.replica.meta import Meta, MetaFile
+from ckptd.replica.recovery import recover
+from ckptd.replica.segment import EpochRecord, Segment, read_epoch, read_frames
+from ckptd.replica.undo import write_undo
+from ckptd.units import format_size
+
+__all__ = ["Replica"]
+
+_SETTLE_BYTES = 256 << 20
+
+
+class Replica:
+    """What the secondary holds of one guest. Make it with `open`."""
+
+    holding: str
+    geometry: Geometry | None
+    table: HashTable | None = None
+    _term: int
+
+    def __init__(self, directory: Path, lock: Lock, meta: MetaFile, journal: Journal, max_memory: int | None) -> None:
+        self.directory = directory
+        self.guest = meta.meta.guest
+        self.reason = ""
+        self.hook: Callable[[str], None] = lambda point: None  # named points at which tests let a process die
+        self._lock_file, self._meta, self._journal, self._max_memory = lock, meta, journal, max_memory
+        self._lock = threading.RLock()
+        self._staged: Segment | None = None
+        self._pending: deque[EpochRecord] = deque()
+        self._broken = False  # stable storage failed once: it must not be asked again
+        self._secured = False  # every epoch after `synced` is on stable storage in its segment
+        self._image: Image | None = None
+        self._committed: list[Hashes] | None = None  # the hashes of the image, without any epoch that is not applied
+        self.images: list[Rows] = []
+        self._adopt(meta.meta, None)
+
+    @classmethod
+    def open(
+        cls, directory: Path, *, guest: str, history: int, history_bytes: int, reserve: int,
+        max_memory: int | None = None,
+    ) -> Replica:  # fmt: skip
+        """The replica in `directory`, made if need be, recovered if need be.
+
+        Raises StateError (another process has it, or it is of another guest), NoSpace, Inconsistent (nothing can be
+        read). An image that is no committed epoch is no error here: `holding` is then "partial" and `reason` says
+        why.
+        """
+        with saying("make the replica's directory", directory):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = Lock(directory / "lock")
+        try:
+            meta = MetaFile.open(directory / "meta", Meta("empty", guest, boot_id()))
+            if meta.meta.guest != guest:
+                raise StateError(f"the replica is of guest {meta.meta.guest!r}, not of {guest!r}", file=directory)
+            journal = Journal(directory, history, history_bytes, reserve)
+            journal.load()
+            self = cls(directory, lock, meta, journal, max_memory)
+            self._recover()
+        except BaseException:
+            lock.close()
+            raise
+        return self
+
+    # --- making and giving up
+
+    def create(self, *, kind: str, geometry: Geometry, seed: int, run: bytes, term: int) -> None:
+        """empty -> partial: allocate everything, an image of zeros. Raises NoSpace and stays empty; StateError."""
+        with self._lock:
+            if self.holding != "empty":
+                raise StateError(f"the replica is {self.holding}, not empty", guest=self.guest)
+            if self._max_memory is not None and geometry.size_bytes > self._max_memory:
+                raise NoSpace(
+                    f"the guest has {format_size(geometry.size_bytes)} of memory; this secondary takes at most"
+                    f" {format_size(self._max_memory)}", hint="raise replica.max_memory", guest=self.guest,
+                )  # fmt: skip
+            image = Image(self.directory, geometry, create=True)
+            try:
+                self._staged = self._staged or self._journal.stage()
+                self.hook("create: allocated")
+                regions = tuple((region.name, region.pages) for region in geometry)
+                meta = Meta("partial", self.guest, boot_id(), kind, run, regions, seed, max(term, self.term))
+                self._meta.write_durably(meta)
+            except BaseException:
+                image.close()
+                image.unlink()
+                if self._staged is not None:
+                    self._staged.unlink()
+                    self._staged = None
+                raise
+            self._image, self.images = image, image.rows
+            self.table = HashTable(geometry, PageHasher(seed))
+            self._adopt(meta, None)
+
+    def discard(self) -> None:
+        """Back to empty; the term is kept. The image's files are gone."""
+        with self._lock:
+            self._meta.write_durably(Meta("empty", self.guest, boot_id(), term=self.term))
+            self.hook("discard: written")
+            self.drop_staged()
+            self._empty()
+
+    def close(self) -> None:
+        """Let go of files and lock; what is staged is dropped by the next opener."""
+        with self._lock:
+            if self._staged is not None:
+                self._staged.forget()
+            self._staged = None
+            self._pending.clear()
+            self._journal.close()
+            if self._image is not None:
+                self._image.close()
+            self._image, self.images = None, []
+            self._meta.close()
+            self._lock_file.close()
+
+    # --- the term
+
+    @property
+    def term(self) -> int:
+        """The highest term that was ever seen here; a higher one is on stable storage before it counts."""
+        return self._term
+
+    @term.setter
+    def term(self, term: int) -> None:
+        if term > self._term:
+            with self._lock:
+                self._meta.write_durably(replace(self._meta.meta, term=term))
+                self._term = term
+
+    # --- staging
+
+    def place(self, header: Header, meta: bytes) -> memoryview:
+        """Append header and meta to the staged epoch; returns where the payload must be written. Raises NoSpace."""
+        return self._stage().place(header.pack() + meta, header.payload_length)
+
+    def append(self, *buffers: Buffer) -> None:
+        """Append whole frames. Raises NoSpace."""
+        self._stage().append(*buffers)
+
+    def drop_staged(self) -> None:
+        """Forget the staged epoch."""
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            self._journal.recycle(staged)
+
+    def make_room(self) -> None:
+        """Have a segment for the next epoch allocated, so that its first frame need not wait. Raises NoSpace."""
+        self._stage()
+
+    def staged_frames(self) -> Iterator[tuple[Header, bytes, memoryview]]:
+        """The frames that are staged so far."""
+        if self._staged is not None:
+            for frame in read_frames(self._staged.view, used=self._staged.used):
+                yield frame.header, frame.meta, frame.payload
+
+    def _stage(self) -> Segment:
+        if self._staged is None:
+            if self.holding not in ("partial", "committed"):
+                raise StateError(f"nothing can be staged for a replica that is {self.holding}", guest=self.guest)
+            self._staged = self._journal.stage()
+        return self._staged
+
+    def rehash(self) -> None:
+        """Make the table that of the image's bytes."""
+        if self.table is not None:
+            self.table.rehash(self.images)
+
+    # --- commit and apply
+
+    def commit(self, epoch: int, term: int, chain: bytes, digest: bytes, level: str) -> None:
+        """Make the staged epoch permanent; the caller acknowledges it once this returns.
+
+        Level "memory": lasts through the death of this process. "durable": and through a power loss. Raises EpochGap,
+        StateError, JournalError (the staged frames are not that epoch), ReplicaError (stable storage failed: the
+        epoch must not be acknowledged).
+        """
+        with self._lock:
+            staged, geometry, table = self._staged, self.geometry, self.table
+            if staged is None or geometry is None or table is None or self.holding not in ("partial", "committed"):
+                raise StateError("there is no staged epoch to commit", epoch=epoch, holding=self.holding)
+            if epoch != self.epoch + 1:
+                raise EpochGap(f"epoch {epoch} cannot follow epoch {self.epoch}", guest=self.guest)
+            record = read_epoch(staged.view[: staged.used], epoch, geometry, table.hasher, check=False)
+            found = (record.term, record.commit.chain, record.commit.digest, record.used)
+            if found != (term, chain, digest, staged.used):
+                raise JournalError("the staged frames are not those of the epoch to commit", epoch=epoch)
+            direct, durable = self.holding == "partial", level == "durable"
+            if direct:
+                self._commit_direct(record, staged, durable)
+            else:
+                self._commit_staged(record, staged, durable)
+            self._adopt_record(record)
+
+    def apply(self) -> None:
+        """Bring the image up to the last committed epoch; undo first. The epoch is safe whatever this raises."""
+        with self._lock:
+            while self._pending:
+                self._apply(self._pending[0])
+                self._pending.popleft()
+            if self._settle_due():
+                with suppress(ReplicaError):  # the epoch is applied; the next durable commit will say that none can be
+                    self.settle()
+
+    def settle(self) -> None:
+        """Write the image to stable storage, so that segments that are only needed after a power loss can go.
+
+        Epochs may be applied meanwhile by others: a redo from here on puts right whatever the image had of them.
+        """
+        with self._lock:
+            if self._image is None or self.holding != "committed":
+                return
+            epoch = self._meta.meta.epoch
+            self._sync_image(self._image)
+            self.hook("settle: image")
+            self._meta.write_durably(replace(self._meta.meta, synced=epoch))
+            self._journal.release(self._meta.meta.first, self._needed())
+
+    def promote(self, term: int) -> None:
+        """committed -> promoted: the guest may run over the image now. Raises Inconsistent, Fenced and StateError."""
+        with self._lock:
+            if self.holding == "promoted":
+                raise StateError("the replica is promoted already", guest=self.guest, term=self.term)
+            if self.holding != "committed":
+                raise Inconsistent(
+                    f"the replica is {self.holding}, no committed epoch" + (f": {self.reason}" if self.reason else ""),
+                    hint="let the primary resynchronise it, or start the guest anew", guest=self.guest,
+                )  # fmt: skip
+            if term <= self.term:
+                raise Fenced(f"a promotion needs a term above {self.term}", guest=self.guest, term=term)
+            self.apply()
+            self.drop_staged()
+            self._meta.write_durably(replace(self._meta.meta, holding="promoted", term=term))
+            self._term, self.holding = term, "promoted"
+
+    # --- history
+
+    def history(self) -> list[HistoryEntry]:
+        """The epochs that can be restored, oldest first, the committed one last."""
+        with self._lock:
+            if self.holding != "committed":
+                return []
+            return [self._journal.entries[epoch] for epoch in range(self._meta.meta.first, self._meta.meta.epoch + 1)]
+
+    def keep(self, history: int, history_bytes: int) -> None:
+        """New limits of history; they count from the next applied epoch on."""
+        with self._lock:
+            self._journal.history, self._journal.history_bytes = history, history_bytes
+
+    def descriptors(self) -> list[int]:
+        """The open image files, one for each region, for a guest that is to run over them. They stay the replica's."""
+        return list(self._image.fds) if self._image is not None else []
+
+    # --- inside
+
+    def _commit_direct(self, record: EpochRecord, staged: Segment, durable: bool) -> None:
+        """The first epoch: its pages are in the image. The meta file commits it."""
+        image, table = self._image, self.table
+        assert image is not None and table is not None
+        for pages, payload in record.pages:
+            image.scatter(pages, payload)
+        if durable:
+            self._sync_image(image)
+            self._sync_staged(staged)
+        self._journal.clear()
+        self._seal(record, staged, durable)
+        self.hook("commit: named")
+        synced, epoch = record.epoch if durable else 0, record.epoch
+        self._meta.write_durably(
+            replace(
+                self._meta.meta, holding="committed", epoch=epoch, first=epoch, first_chain=self.chain, direct=epoch,
+                synced=synced, chain=record.commit.chain, before=self.chain, digest=record.commit.digest, reason="",
+                term=max(self._term, record.term), boot=boot_id(),
+            )
+        )  # fmt: skip
+        self.hook("commit: written")
+        self._secured = durable
+        self._committed = [table.region(index).copy() for index in range(len(table.geometry))]
+        self.holding, self.reason = "committed", ""
+
+    def _commit_staged(self, record: EpochRecord, staged: Segment, durable: bool) -> None:
+        if durable and not self._secured:  # epochs before this one may be nowhere but in memory
+            self.settle()
+            for epoch in range(self._meta.meta.epoch + 1, record.epoch):
+                self._journal.segments[epoch].sync()
+        if durable:
+            self._sync_staged(staged)
+        self.hook("commit: synced")
+        self._seal(record, staged, durable)
+        self.hook("commit: named")
+        self._secured = durable
+        self._pending.append(record)
+
+    def _sync_staged(self, staged: Segment) -> None:
+        try:
+            staged.sync()
+        except ReplicaError:
+            self._staged = None
+            staged.unlink()  # the file is suspect, and so is what a second attempt would say of it
+            raise
+
+    def _sync_image(self, image: Image) -> None:
+        if self._broken:
+            raise ReplicaError(
+                "the image's file system failed before: nothing is durable here any more",
+                hint="replace the disk, or protect the guest at level memory", guest=self.guest,
+            )  # fmt: skip
+        try:
+            image.sync()
+        except ReplicaError:
+            self._broken, self._secured = True, False
+            self._meta.write(replace(self._meta.meta, synced=0))
+            raise
+
+    def _seal(self, record: EpochRecord, staged: Segment, durable: bool) -> None:
+        """The staged file becomes epoch-N.seg."""
+        commit = record.commit
+        entry = HistoryEntry(
+            record.epoch, record.term, commit.pages, record.used, time.time_ns(), commit.digest, commit.chain
+        )
+        self._staged = None
+        self._journal.add(staged, entry)
+        if durable:
+            sync_directory(self.directory)
+        staged.settle()
+
+    def _apply(self, record: EpochRecord) -> None:
+        image, meta, first = self._image, self._meta.meta, self._meta.meta.first
+        assert image is not None
+        if self._journal.history:
+            try:
+                self._undo(record, image)
+            except NoSpace:  # history gives way, the guest's protection does not
+                self._journal.make_room()
+                first = record.epoch
+                self._meta.write(replace(meta, first=first, first_chain=meta.chain))
+        else:
+            first = record.epoch
+        self.hook("apply: undo")
+        for index, (pages, payload) in enumerate(record.pages):
+            image.scatter(pages, payload)
+            self.hook(f"apply: frame {index}")
+        self._update_committed(record)
+        self._advance(record, meta, self._journal.first_to_keep(first, record.epoch))
+        self.hook("apply: recycled")
+
+    def _advance(self, record: EpochRecord, meta: Meta, first: int) -> None:
+        """The image is at this epoch: say so, and let go of what is not needed any more."""
+        if first == meta.first:
+            first_chain = meta.first_chain
+        else:
+            first_chain = meta.chain if first == record.epoch else self._journal.entries[first - 1].chain
+        self._meta.write(
+            replace(
+                self._meta.meta, epoch=record.epoch, first=first, first_chain=first_chain, before=meta.chain,
+                chain=record.commit.chain, digest=record.commit.digest, term=self._term,
+            )
+        )  # fmt: skip
+        self.hook("apply: written")
+        self._journal.release(first, self._needed())
+
+    def _undo(self, record: EpochRecord, image: Image) -> None:
+        geometry, meta = self.geometry, self._meta.meta
+        assert geometry is not None and self.table is not None
+        if self._committed is None:  # history was off until now
+            table = HashTable(geometry, self.table.hasher)
+            table.rehash(image.rows)
+            self._committed = [table.region(index) for index in range(len(geometry))]
+        segment = self._journal.start_undo()
+        try:
+            write_undo(segment, record, image.rows, self._committed, self.table.hasher.zero, meta.chain, meta.digest)
+        except NoSpace:
+            segment.unlink()
+            raise
+        self.hook("apply: undo written")
+        self._journal.add_undo(segment, record.epoch)
+
+    def _update_committed(self, record: EpochRecord) -> None:
+        if not self._journal.history:
+            self._committed = None
+        elif self._committed is not None:
+            for pages, _ in record.pages:
+                self._committed[pages.region][pages.gfns] = pages.hashes
+
+    def _needed(self) -> int:
+        """Segments after this epoch must stay for the redo after a power loss."""
+        return self._meta.meta.synced if self._secured else self._meta.meta.epoch
+
+    def _settle_due(self) -> bool:
+        if not self._secured:
+            return False
+        synced, journal = self._meta.meta.synced, self._journal
+        if self._meta.meta.epoch - synced > max(16, journal.history // 4):
+            return True
+        return journal.bytes_after(synced) > min(_SETTLE_BYTES, max(journal.history_bytes // 4, 1 << 20))
+
+    def _recover(self) -> None:
+        meta = self._meta.meta
+        if meta.holding == "empty":
+            self._empty()
+            return
+        found = recover(self.directory, meta, self._journal, boot_id(), self.hook)
+        self._image, self.images, self.table = found.image, found.image.rows, found.table
+        self._meta.write_durably(found.meta)
+        self.hook("recover: written")
+        if found.meta.holding == "committed":
+            if found.restarted:
+                self._journal.clear(lambda epoch: epoch >= found.meta.first)
+            self._journal.release(found.meta.first, found.meta.epoch)
+            if found.table is not None and self._journal.history:
+                self._committed = [found.table.region(index).copy() for index in range(len(found.table.geometry))]
+        self._adopt(found.meta, found.record)
+
+    def _empty(self) -> None:
+        """Make the directory and this object those of an empty replica."""
+        self._pending.clear()
+        self._journal.clear()
+        self._journal.make_room()
+        if self._image is not None:
+            self._image.close()
+        self._image, self.images = None, []
+        for path in self.directory.glob("image-*"):
+            path.unlink()
+        self._committed, self._secured = None, False
+        self._adopt(self._meta.meta, None)
+        self.table = None
+
+    def _adopt(self, meta: Meta, record: EpochRecord | None) -> None:
+        self.holding, self.reason, self.run, self.kind = meta.holding, meta.reason, meta.run, meta.kind
+        self.geometry, self.seed, self._term = meta.geometry, meta.seed, meta.term
+        self.epoch, self.chain, self.digest = meta.epoch, meta.chain, meta.digest
+        self.state = self.held = b""
+        self.released = self.mark = 0
+        if record is not None:
+            self._adopt_record(record)
+
+    def _adopt_record(self, record: EpochRecord) -> None:
+        self.epoch, self.chain, self.digest = record.epoch, record.commit.chain, record.commit.digest
+        self._term = max(self._term, record.term)
+        self.state, self.held, self.released, self.mark = record.state, record.held, record.released, record.mark
