@@ -4,10 +4,10 @@ Each page of a batch travels in one of three ways, and its hash says what it mus
 
     zero      no bytes: its hash is the hash of a page of zeros
     raw       4,096 bytes
-    delta     its xor against the copy that the receiver holds, lz4-compressed together with the other deltas of the batch
+    delta     its xor against the receiver's copy, lz4-compressed together with the other deltas of the batch
 
-The receiver's copy is the page as of the last epoch or iteration that it accepted; a delta is sent only where the sender knows its own
-last sent copy to be just that (same hash). Source of delta compression in migration: QEMU docs/devel/migration, XBZRLE.
+The receiver's copy is the page as of the last committed epoch; a delta is sent only where the sender knows its own last
+sent copy to be just that (same hash). Source of delta compression in migration: QEMU docs/devel/migration, XBZRLE.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def compress_delta(delta: Rows) -> bytes:
 
 
 def expand_delta(block: memoryview, pages: int) -> Rows:
-    """The page deltas, shape (pages, 4096), of an lz4 block. Never allocates more than `pages` pages. Raises CorruptFrame."""
+    """The page deltas, shape (pages, 4096), of an lz4 block. Allocates `pages` pages at most. Raises CorruptFrame."""
     try:
         raw = lz4.block.decompress(block, uncompressed_size=pages * PAGE_SIZE)
     except lz4.block.LZ4BlockError as error:

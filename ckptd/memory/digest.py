@@ -1,11 +1,13 @@
 """The image digest: one number for a whole guest memory, kept up to date from the dirty pages alone (P4).
 
     a, b          the two lanes of a page's hash
-    m0, m1        odd multipliers of the place: splitmix64(place) | 1, splitmix64(~place) | 1,  place = region << 32 | gfn
+    place         region << 32 | gfn
+    m0, m1        odd multipliers of the place: splitmix64(place) | 1, splitmix64(~place) | 1
     digest        (sum of m0*a, sum of m1*b) mod 2**64, as two little-endian u64, over the pages of all regions
 
-The multipliers bind each content to its place, so two pages that swapped content change the digest. A commit subtracts the old
-hashes of its pages and adds the new ones. Each side keeps the table of hashes, 16 bytes a page: 0.4 % of memory.
+The multipliers bind each content to its place, so two pages that swapped content change the digest. A commit subtracts
+the old hashes of its pages and adds the new ones. Each side keeps the table of hashes, 16 bytes a page: 0.4 % of
+memory.
 Source of the mixing function: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
 """
 
@@ -20,7 +22,7 @@ from ckptd.memory.dirtyset import DirtySet, Gfns
 from ckptd.memory.hashing import Hashes, PageHasher, Rows, same
 from ckptd.memory.regions import Geometry
 
-__all__ = ["DIGEST_SIZE", "HashTable"]
+__all__ = ["DIGEST_SIZE", "HashTable", "digest_bytes"]
 
 DIGEST_SIZE = 16
 _CHUNK = 1 << 16
@@ -29,8 +31,8 @@ _CHUNK = 1 << 16
 class HashTable:
     """The hash of every page of a guest, and the digest of the whole.
 
-    A new table is that of a memory of zeros. `storage`, one array (pages, 2) of u64 for each region, makes the table live in
-    memory of the caller's (a mapped file); its content is then trusted as it stands.
+    A new table is that of a memory of zeros. `storage`, one array (pages, 2) of u64 for each region, makes the table
+    live in memory of the caller's (a mapped file); its content is then trusted as it stands.
     """
 
     __slots__ = ("_lanes", "_sum", "geometry", "hasher")
@@ -107,6 +109,7 @@ class HashTable:
 
 
 def digest_bytes(total: tuple[np.uint64, np.uint64]) -> bytes:
+    """The two sums as 16 bytes."""
     return int(total[0]).to_bytes(8, "little") + int(total[1]).to_bytes(8, "little")
 
 

@@ -76,7 +76,7 @@ class DirtySet:
         )
 
     def subtract(self, other: DirtySet) -> DirtySet:
-        """The pages of this set that are not in the other. Raises TrackerError if the other overflowed: it is no list."""
+        """The pages of this set that are not in the other. Raises TrackerError if the other overflowed."""
         if other.overflowed:
             raise TrackerError("cannot subtract a dirty set that overflowed: it does not say which pages it holds")
         return DirtySet(

@@ -1,8 +1,9 @@
 """Page hashes: XXH3-128 of a page's 4,096 bytes, seeded at random for each pairing of primary and secondary.
 
-A hash is kept as two little-endian u64 lanes of the canonical 16-byte digest. It names the content alone, not the place, so a page of
-zeros has the same hash everywhere and needs no bytes on the wire. The seed is secret enough that a guest cannot
-prepare two pages that collide. Source: xxHash, XXH3 128 bits; not a cryptographic hash.
+A hash is the canonical (big-endian) 16-byte digest, read as two little-endian u64 lanes: what travels is the canonical
+bytes, what is computed with are the lanes. It names the content alone, not the place, so a page of zeros has the same
+hash everywhere and needs no bytes on the wire. The seed is secret enough that a guest cannot prepare two pages that
+collide. Source: xxHash, XXH3 128 bits; not a cryptographic hash.
 """
 
 from __future__ import annotations
@@ -52,9 +53,7 @@ class PageHasher:
     def hash_buffer(self, pages: memoryview) -> Hashes:
         """The hashes of a buffer of whole pages. One C call for each page; the loop costs less than a tenth of it."""
         digest, seed = xxhash.xxh3_128_digest, self._seed
-        joined = b"".join(
-            [digest(pages[start : start + PAGE_SIZE], seed) for start in range(0, len(pages), PAGE_SIZE)]
-        )
+        joined = b"".join([digest(pages[start : start + PAGE_SIZE], seed) for start in range(0, len(pages), PAGE_SIZE)])
         hashes: Hashes = np.frombuffer(joined, dtype=_LANE).reshape(-1, 2)
         return hashes
 

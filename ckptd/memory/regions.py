@@ -28,9 +28,7 @@ class Region:
 
     def __post_init__(self) -> None:
         if not 0 < self.pages <= MAX_REGION_PAGES:
-            raise ConfigError(
-                f"a region must have 1 to {MAX_REGION_PAGES} pages, not {self.pages}", region=self.name
-            )
+            raise ConfigError(f"a region must have 1 to {MAX_REGION_PAGES} pages, not {self.pages}", region=self.name)
 
     @property
     def size_bytes(self) -> int:

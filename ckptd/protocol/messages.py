@@ -1,29 +1,31 @@
 """Control messages: what the meta of each frame says, as one frozen class for each type, checked field by field.
 
-The meta is a msgpack map with exactly the fields of the class. Limits are set before msgpack allocates, so a bomb is a CorruptFrame.
-PAGES has a binary meta of its own: pages.py.
+The meta is a msgpack map with exactly the fields of the class, each once. Limits are set before msgpack allocates, so a
+bomb is a CorruptFrame. PAGES has a binary meta of its own: pages.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import msgpack
 
-from ckptd.errors import CorruptFrame
+from ckptd.errors import CorruptFrame, LocalProtocolError
 from ckptd.memory.regions import MAX_REGION_PAGES, MAX_REGIONS
 from ckptd.protocol.wire import Buffer, Type
 
 __all__ = [
     "LEVELS", "NACK_CODES", "Ack", "Bye", "Commit", "Handover", "Heartbeat", "Hello", "Iteration", "Message", "Nack",
-    "Output", "Promoted", "State", "Table", "TableRequest", "Verified", "Verify", "Welcome", "decode", "encode",
+    "Output", "Promoted", "State", "Table", "TableRequest", "Verified", "Verify", "Welcome", "clip", "decode",
+    "encode",
 ]  # fmt: skip
 
+MAX_TEXT = 1024
+"""Bytes of UTF-8 in what a NACK or BYE says to people."""
 LEVELS = ("memory", "durable")
-HOLDINGS = ("empty", "partial", "committed", "promoted")
+HOLDINGS = ("empty", "partial", "committed")
 
 NACK_CODES = (
     "version",       # no protocol version in common
@@ -50,7 +52,7 @@ def _integer(most: int = (1 << 64) - 1) -> Check:
 
 
 def _text(most: int = 256) -> Check:
-    return lambda value: type(value) is str and len(value) <= most
+    return lambda value: type(value) is str and len(value.encode(errors="surrogatepass")) <= most
 
 
 def _exactly(size: int) -> Check:
@@ -87,8 +89,8 @@ class Message:
 class Hello(Message):
     """Primary to secondary, first frame: who I am and which guest I protect."""
 
-    TYPE = Type.HELLO
-    CHECKS = {
+    TYPE: ClassVar[Type] = Type.HELLO
+    CHECKS: ClassVar[dict[str, Check]] = {
         "oldest": _integer(255), "newest": _integer(255), "software": _text(), "guest": _text(64), "kind": _text(64),
         "run": _exactly(16), "regions": _regions, "seed": _integer(), "level": _one_of(*LEVELS), "replace": _flag,
     }  # fmt: skip
@@ -108,8 +110,8 @@ class Hello(Message):
 class Welcome(Message):
     """Secondary to primary: what I hold. The next epoch is `epoch` + 1."""
 
-    TYPE = Type.WELCOME
-    CHECKS = {
+    TYPE: ClassVar[Type] = Type.WELCOME
+    CHECKS: ClassVar[dict[str, Check]] = {
         "version": _integer(255), "software": _text(), "holding": _one_of(*HOLDINGS), "epoch": _integer(),
         "seed": _integer(), "digest": _exactly(16), "chain": _exactly(16),
     }  # fmt: skip
@@ -126,8 +128,10 @@ class Welcome(Message):
 class Nack(Message):
     """Either way: no, for this reason; the sender of it closes the connection afterwards."""
 
-    TYPE = Type.NACK
-    CHECKS = {"code": _one_of(*NACK_CODES), "text": _text(1024), "epoch": _integer(), "term": _integer()}
+    TYPE: ClassVar[Type] = Type.NACK
+    CHECKS: ClassVar[dict[str, Check]] = {
+        "code": _one_of(*NACK_CODES), "text": _text(MAX_TEXT), "epoch": _integer(), "term": _integer(),
+    }  # fmt: skip
     code: str
     text: str
     epoch: int
@@ -138,16 +142,18 @@ class Nack(Message):
 class TableRequest(Message):
     """Primary to secondary: state the hash of every page you hold."""
 
-    TYPE = Type.TABLE_REQUEST
-    CHECKS = {}
+    TYPE: ClassVar[Type] = Type.TABLE_REQUEST
+    CHECKS: ClassVar[dict[str, Check]] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Table(Message):
-    """Secondary to primary: payload is the hashes of pages `first` onwards of a region, 16 bytes each; `last` ends the table."""
+    """Secondary to primary: payload is the 16-byte hashes of pages `first` onwards of a region; `last` ends it."""
 
-    TYPE = Type.TABLE
-    CHECKS = {"region": _integer(MAX_REGIONS), "first": _integer(MAX_REGION_PAGES), "last": _flag}
+    TYPE: ClassVar[Type] = Type.TABLE
+    CHECKS: ClassVar[dict[str, Check]] = {
+        "region": _integer(MAX_REGIONS - 1), "first": _integer(MAX_REGION_PAGES - 1), "last": _flag,
+    }  # fmt: skip
     region: int
     first: int
     last: bool
@@ -157,8 +163,8 @@ class Table(Message):
 class Iteration(Message):
     """Primary to secondary: a precopy iteration has ended; `pages` were sent in it."""
 
-    TYPE = Type.ITERATION
-    CHECKS = {"iteration": _integer(1 << 32), "pages": _integer()}
+    TYPE: ClassVar[Type] = Type.ITERATION
+    CHECKS: ClassVar[dict[str, Check]] = {"iteration": _integer(0xFFFFFFFF), "pages": _integer()}
     iteration: int
     pages: int
 
@@ -167,8 +173,8 @@ class Iteration(Message):
 class State(Message):
     """Primary to secondary: payload is the guest's device state."""
 
-    TYPE = Type.STATE
-    CHECKS = {"crc": _integer(0xFFFFFFFF)}
+    TYPE: ClassVar[Type] = Type.STATE
+    CHECKS: ClassVar[dict[str, Check]] = {"crc": _integer(0xFFFFFFFF)}
     crc: int
 
 
@@ -176,8 +182,8 @@ class State(Message):
 class Output(Message):
     """Primary to secondary: payload is all output after `released` up to `mark`, which the gate holds."""
 
-    TYPE = Type.OUTPUT
-    CHECKS = {"crc": _integer(0xFFFFFFFF), "released": _integer(), "mark": _integer()}
+    TYPE: ClassVar[Type] = Type.OUTPUT
+    CHECKS: ClassVar[dict[str, Check]] = {"crc": _integer(0xFFFFFFFF), "released": _integer(), "mark": _integer()}
     crc: int
     released: int
     mark: int
@@ -187,8 +193,8 @@ class Output(Message):
 class Commit(Message):
     """Primary to secondary: the epoch is whole; the image must now have this digest."""
 
-    TYPE = Type.COMMIT
-    CHECKS = {
+    TYPE: ClassVar[Type] = Type.COMMIT
+    CHECKS: ClassVar[dict[str, Check]] = {
         "pages": _integer(), "digest": _exactly(16), "chain": _exactly(16), "level": _one_of(*LEVELS), "final": _flag,
     }  # fmt: skip
     pages: int  # in PAGES frames of this epoch, iterations included
@@ -202,8 +208,8 @@ class Commit(Message):
 class Ack(Message):
     """Secondary to primary: the epoch of this frame's header is safe as `level` says, and my digest is `digest`."""
 
-    TYPE = Type.ACK
-    CHECKS = {"level": _one_of(*LEVELS), "digest": _exactly(16)}
+    TYPE: ClassVar[Type] = Type.ACK
+    CHECKS: ClassVar[dict[str, Check]] = {"level": _one_of(*LEVELS), "digest": _exactly(16)}
     level: str
     digest: bytes
 
@@ -212,24 +218,24 @@ class Ack(Message):
 class Heartbeat(Message):
     """Either way: alive."""
 
-    TYPE = Type.HEARTBEAT
-    CHECKS = {}
+    TYPE: ClassVar[Type] = Type.HEARTBEAT
+    CHECKS: ClassVar[dict[str, Check]] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Handover(Message):
     """Primary to secondary: the epoch of this header was final and I am fenced: promote it."""
 
-    TYPE = Type.HANDOVER
-    CHECKS = {}
+    TYPE: ClassVar[Type] = Type.HANDOVER
+    CHECKS: ClassVar[dict[str, Check]] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Promoted(Message):
     """Secondary to primary: the guest runs here, from the epoch of this header, in the term of this header."""
 
-    TYPE = Type.PROMOTED
-    CHECKS = {"digest": _exactly(16)}
+    TYPE: ClassVar[Type] = Type.PROMOTED
+    CHECKS: ClassVar[dict[str, Check]] = {"digest": _exactly(16)}
     digest: bytes
 
 
@@ -237,16 +243,16 @@ class Promoted(Message):
 class Verify(Message):
     """Primary to secondary, between epochs: hash your whole image again."""
 
-    TYPE = Type.VERIFY
-    CHECKS = {}
+    TYPE: ClassVar[Type] = Type.VERIFY
+    CHECKS: ClassVar[dict[str, Check]] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Verified(Message):
     """Secondary to primary: the digest of my image at the epoch of this header, from its bytes."""
 
-    TYPE = Type.VERIFIED
-    CHECKS = {"digest": _exactly(16)}
+    TYPE: ClassVar[Type] = Type.VERIFIED
+    CHECKS: ClassVar[dict[str, Check]] = {"digest": _exactly(16)}
     digest: bytes
 
 
@@ -254,23 +260,29 @@ class Verified(Message):
 class Bye(Message):
     """Either way: I close the connection, and mean to."""
 
-    TYPE = Type.BYE
-    CHECKS = {"text": _text(1024)}
+    TYPE: ClassVar[Type] = Type.BYE
+    CHECKS: ClassVar[dict[str, Check]] = {"text": _text(MAX_TEXT)}
     text: str
 
 
-_CLASSES: dict[Type, type[Message]] = {
-    cls.TYPE: cls
-    for cls in (
-        Hello, Welcome, Nack, TableRequest, Table, Iteration, State, Output, Commit, Ack, Heartbeat, Handover, Promoted,
-        Verify, Verified, Bye,
-    )  # fmt: skip
-}
+_ALL: tuple[type[Message], ...] = (
+    Hello, Welcome, Nack, TableRequest, Table, Iteration, State, Output, Commit, Ack, Heartbeat, Handover, Promoted,
+    Verify, Verified, Bye,
+)  # fmt: skip
+_CLASSES: dict[Type, type[Message]] = {cls.TYPE: cls for cls in _ALL}
+
+
+def clip(text: str) -> str:
+    """As much of a text for the peer's operator as fits in NACK and BYE."""
+    return text.encode(errors="replace")[:MAX_TEXT].decode(errors="ignore")
 
 
 def encode(message: Message) -> bytes:
-    """The meta of a message."""
-    fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+    """The meta of a message. Raises LocalProtocolError naming the field that the peer would refuse."""
+    fields = {name: getattr(message, name) for name in message.CHECKS}
+    for name, check in message.CHECKS.items():
+        if not check(fields[name]):
+            raise LocalProtocolError("a field's value is not allowed", frame=message.TYPE.name, field=name)
     return msgpack.packb(fields, use_bin_type=True)  # type: ignore[no-any-return]
 
 
@@ -280,16 +292,23 @@ def decode(kind: Type, meta: Buffer) -> Message:
     try:
         fields = msgpack.unpackb(
             meta, raw=False, strict_map_key=True, max_map_len=16, max_array_len=MAX_REGIONS,
-            max_str_len=1024, max_bin_len=64, max_ext_len=0,
+            max_str_len=MAX_TEXT, max_bin_len=64, max_ext_len=0, object_pairs_hook=_once,
         )  # fmt: skip
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise CorruptFrame(f"the meta is no msgpack map within its limits: {error}", frame=kind.name) from error
     if type(fields) is not dict or set(fields) != set(cls.CHECKS):
-        found = ", ".join(map(str, fields)) if type(fields) is dict else type(fields).__name__
-        raise CorruptFrame(
-            f"the meta must have the fields {', '.join(cls.CHECKS) or 'none'}; it has {found or 'none'}", frame=kind.name
-        )
+        found = ", ".join(map(str, fields))[:256] if type(fields) is dict else type(fields).__name__
+        due = ", ".join(cls.CHECKS) or "none"
+        raise CorruptFrame(f"the meta must have the fields {due}; it has {found or 'none'}", frame=kind.name)
     for name, check in cls.CHECKS.items():
         if not check(fields[name]):
-            raise CorruptFrame("a field's value is not allowed", frame=kind.name, field=name, value=repr(fields[name])[:80])
+            value = repr(fields[name])[:80]
+            raise CorruptFrame("a field's value is not allowed", frame=kind.name, field=name, value=value)
     return cls(**fields)
+
+
+def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a field is named twice")
+    return fields

@@ -10,9 +10,9 @@
     | kinds  u8[count]: 0 zero, 1 raw, 2 delta; only if flags bit 1 is set                  |
     +---------------------------------------------------------------------------------------+
 
-Payload: the raw pages in gfn order, then one lz4 block that decompresses to the delta pages in gfn order. Without kinds a page is zero
-if its hash is that of a page of zeros, and raw otherwise. `iteration` is 0 for pages copied while the guest was paused and counts from 1
-for precopy iterations, whose pages may be torn.
+Payload: the raw pages in gfn order, then one lz4 block, smaller than its pages, that decompresses to the delta pages in
+gfn order. Without kinds a page is zero if its hash is that of a page of zeros, and raw otherwise. `iteration` is 0 for
+pages copied while the guest was paused and counts from 1 for precopy iterations, whose pages may be torn.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def decode_pages(header: Header, meta: Buffer, geometry: Geometry, hasher: PageH
     if flags & ~(_RUN | _KINDS) or reserved or padding:
         raise CorruptFrame("reserved bits are set", frame="PAGES", field="flags", region=name)
     if not 0 < count <= MAX_BATCH_PAGES:
-        raise CorruptFrame(f"{count} pages in a frame; 1 to {MAX_BATCH_PAGES}", frame="PAGES", field="count", region=name)
+        raise CorruptFrame(
+            f"{count} pages in a frame; 1 to {MAX_BATCH_PAGES}", frame="PAGES", field="count", region=name
+        )
     run, explicit = bool(flags & _RUN), bool(flags & _KINDS)
     if explicit and header.version < 2:
         raise CorruptFrame("protocol version 1 has no delta pages", frame="PAGES", field="flags", region=name)
@@ -92,7 +94,9 @@ def decode_pages(header: Header, meta: Buffer, geometry: Geometry, hasher: PageH
         gfns = np.arange(gfns[0], gfns[0] + count, dtype=np.int64)
     elif not (np.diff(gfns) > 0).all():
         at = int(gfns[int(np.argmax(np.diff(gfns) <= 0)) + 1])
-        raise CorruptFrame("gfns must ascend: a page is named twice or out of order", frame="PAGES", region=name, gfn=at)
+        raise CorruptFrame(
+            "gfns must ascend: a page is named twice or out of order", frame="PAGES", region=name, gfn=at
+        )
     if gfns[-1] >= geometry[region].pages:
         raise CorruptFrame(
             f"the region has {geometry[region].pages} pages", frame="PAGES", region=name, gfn=int(gfns[-1])
@@ -107,7 +111,7 @@ def decode_pages(header: Header, meta: Buffer, geometry: Geometry, hasher: PageH
     if pages.raw != raw or deltas != delta:
         raise CorruptFrame("raw and delta pages are miscounted", frame="PAGES", field="raw", region=name)
     block = header.payload_length - raw * PAGE_SIZE
-    if block < 0 or (block > 0) != (deltas > 0):
+    if block < 0 or (block > 0) != (deltas > 0) or block > deltas * PAGE_SIZE:
         raise CorruptFrame(
             f"{header.payload_length} bytes do not hold {raw} raw and {deltas} delta pages",
             frame="PAGES", field="payload_length", region=name,

@@ -1,15 +1,18 @@
-"""What both machines share: numbering and timing of what is sent, reading and timing of what arrives, the transition table.
+"""What both machines share: numbering and timing what is sent, reading and timing what arrives, the transition table.
 
-A machine never does I/O. The daemon receives into `buffer()`, reports with `received(count, now)`, asks `next_event()` until it returns
-None, sends the lists of buffers that the methods return, in order and unchanged, and calls `tick(now)` about four times in each
-heartbeat interval. `now` is a monotonic clock in ns.
+A machine never does I/O. The daemon receives into `buffer()`, reports with `received(count, now)`, asks `next_event()`
+until it returns None, sends the lists of buffers that the methods return, in order and unchanged, and calls `tick(now)`
+about four times in each heartbeat interval. `now` is a monotonic clock in ns. A machine that has raised is done for:
+the daemon sends what `nack` returns, closes, and makes a new one for the next connection.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar, NoReturn
 
 from crc32c import crc32c
 
@@ -23,11 +26,11 @@ from ckptd.errors import (
     RemoteProtocolError,
     TransportError,
 )  # fmt: skip
-from ckptd.protocol.messages import Bye, Heartbeat, Message, Nack, encode
+from ckptd.protocol.messages import Bye, Heartbeat, Message, Nack, clip, encode
 from ckptd.protocol.reader import FrameReader
 from ckptd.protocol.wire import VERSION, Buffer, Header, Type, pack_frame
 
-__all__ = ["Buffers", "Event", "PeerClosed", "Timing", "check_crc"]
+__all__ = ["Buffers", "Event", "Peer", "PeerClosed", "Timing", "check_crc"]
 
 Buffers = list[Buffer]
 
@@ -54,17 +57,19 @@ class Timing:
     timeout: int
 
 
-class Peer:
+class Peer(ABC):
     """One end of one connection. Subclasses set `TRANSITIONS`: (state, trigger) -> state; anything else is an error.
 
-    Triggers are frame types by name ("PAGES") for what arrives and method names ("acknowledge") for what the daemon does.
+    Triggers are frame types by name ("PAGES") for what arrives, method names ("acknowledge") for what the daemon does.
+    In the states of `BUSY` the machine waits for its own daemon: no frame is looked at, and silence is no sign.
     """
 
-    TRANSITIONS: Mapping[tuple[Enum, str], Enum]
+    TRANSITIONS: ClassVar[Mapping[tuple[Enum, str], Enum]]
+    BUSY: ClassVar[frozenset[Enum]] = frozenset()
 
     def __init__(self, reader: FrameReader, state: Enum, timing: Timing, now: int) -> None:
         self._reader = reader
-        self.state = state
+        self.state = self._first = state
         self.term = 0
         self.version = VERSION
         self._timing = timing
@@ -80,9 +85,9 @@ class Peer:
         self._reader.received(count)
         self._now = self._heard = now
 
+    @abstractmethod
     def next_event(self) -> Event | None:
-        """The next thing that the daemon must know or do, or None until more arrives. Raises RemoteProtocolError: close."""
-        raise NotImplementedError
+        """What the daemon must know or do next; None: more must arrive. Raises RemoteProtocolError, ReplicaError."""
 
     def end_of_stream(self) -> None:
         """The peer closed the stream. Raises CorruptFrame if that cut a frame."""
@@ -92,11 +97,20 @@ class Peer:
     def tick(self, now: int) -> Buffers:
         """A heartbeat, if one is due. Raises TransportError when the peer has been silent for too long."""
         self._now = now
+        if self.state in self.BUSY:
+            self._heard = now
+        if self.state is not self._first and not self._talking:  # after the last word
+            return []
         if now - self._heard > self._timing.timeout:
             raise TransportError(f"nothing heard from the peer for {(now - self._heard) / 1e6:.0f} ms", term=self.term)
-        if now - self._sent < self._timing.heartbeat:
+        if not self._talking or now - self._sent < self._timing.heartbeat:
             return []
         return self._send(Heartbeat(), 0)
+
+    @property
+    def _talking(self) -> bool:
+        """Both sides beat from HELLO on until the last word."""
+        return (self.state, "HEARTBEAT") in self.TRANSITIONS
 
     def retime(self, timing: Timing) -> None:
         """New intervals from a changed configuration."""
@@ -105,16 +119,17 @@ class Peer:
     def nack(self, error: CkptdError) -> Buffers:
         """What to tell the peer before closing on it."""
         code = error.code if isinstance(error, RemoteProtocolError) else _CODES.get(type(error), "failed")
-        return self._close_with(code, str(error))
+        epoch = error.where.get("epoch")
+        return self._close_with(code, str(error), epoch if isinstance(epoch, int) else 0)
 
     def bye(self, text: str) -> Buffers:
         """Close on purpose."""
         self._step("bye")
-        return self._send(Bye(text[:1024]), 0)
+        return self._send(Bye(clip(text)), 0)
 
     def _close_with(self, code: str, text: str, epoch: int = 0, term: int = 0) -> Buffers:
         self._step("nack")
-        return self._send(Nack(code, text[:1024], epoch, term), 0)
+        return self._send(Nack(code, clip(text), epoch, term), 0)
 
     def _heard_out(self, header: Header, message: Message) -> PeerClosed:
         """The peer's last word."""
@@ -124,14 +139,19 @@ class Peer:
         return PeerClosed("bye", message.text, header.epoch, header.term)
 
     def _step(self, trigger: str, frame: Header | None = None) -> None:
-        """Follow the transition table; a frame that it does not have is the peer's fault, a method that it does not have ours."""
+        """Follow the transition table. A frame that it lacks is the peer's fault, a method that it lacks is ours."""
         after = self.TRANSITIONS.get((self.state, trigger))
         if after is not None:
             self.state = after
         elif frame is not None:
-            raise RemoteProtocolError(f"a {trigger} frame is not allowed here", state=self.state.name, epoch=frame.epoch)
+            self._refuse_frame(frame)
         else:
             raise LocalProtocolError(f"{trigger} is not allowed here", state=self.state.name)
+
+    def _refuse_frame(self, frame: Header) -> NoReturn:
+        raise RemoteProtocolError(
+            "a frame that is not allowed here", frame=frame.type.name, state=self.state.name, epoch=frame.epoch
+        )
 
     def _send(self, message: Message, epoch: int, *payload: Buffer) -> Buffers:
         return self._frame(message.TYPE, encode(message), epoch, *payload)

@@ -1,21 +1,23 @@
 """The sending machine: epochs out, acknowledgements in.
 
-It frames what the daemon has harvested, keeps the digest chain and the epochs that are not yet acknowledged, and says what the secondary
-holds and has made safe. Knows no guest, file, socket or clock.
+It frames what the daemon has harvested, keeps the digest chain and the epochs that are not yet acknowledged, and says
+what the secondary holds and has made safe. Knows no guest, file, socket or clock.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import ClassVar
 
 import numpy as np
 from crc32c import crc32c
 
 from ckptd import __version__
 from ckptd.errors import CorruptFrame, DigestMismatch, LocalProtocolError, RemoteProtocolError
-from ckptd.memory.batch import Kinds
+from ckptd.memory.batch import DELTA, Kinds
 from ckptd.memory.dirtyset import Gfns
 from ckptd.memory.hashing import HASH_SIZE, Hashes
 from ckptd.memory.regions import Geometry
@@ -109,12 +111,13 @@ class PrimaryState(Enum):
 _P = PrimaryState
 _TALKING = (_P.READY, _P.TABLE, _P.SENDING, _P.STATED, _P.SEALED, _P.FINAL, _P.HANDING_OVER)
 _EPOCH = (_P.READY, _P.SENDING, _P.STATED, _P.SEALED)
+_ENDS = ("NACK", "BYE", "nack", "bye")
 
 
 class PrimaryMachine(Peer):
     """One connection to a secondary."""
 
-    TRANSITIONS = {
+    TRANSITIONS: ClassVar[Mapping[tuple[Enum, str], Enum]] = {
         (_P.START, "hello"): _P.GREETED,
         (_P.GREETED, "WELCOME"): _P.READY,
         (_P.READY, "request_table"): _P.TABLE,
@@ -134,7 +137,7 @@ class PrimaryMachine(Peer):
         **{(state, "ACK"): state for state in (*_EPOCH, _P.FINAL)},
         **{(state, "VERIFIED"): state for state in (*_EPOCH, _P.FINAL)},
         **{(state, "HEARTBEAT"): state for state in (_P.GREETED, *_TALKING)},
-        **{(state, end): _P.CLOSED for state in (_P.START, _P.GREETED, *_TALKING) for end in ("NACK", "BYE", "nack", "bye")},
+        **{(state, end): _P.CLOSED for state in (_P.START, _P.GREETED, *_TALKING) for end in _ENDS},
         (_P.CLOSED, "nack"): _P.CLOSED,
         (_P.CLOSED, "bye"): _P.CLOSED,
     }
@@ -144,6 +147,7 @@ class PrimaryMachine(Peer):
         self._geometry = geometry
         self._zero: Hashes = np.zeros(2, dtype=np.uint64)
         self._flights: deque[_Flight] = deque()
+        self._welcomed = False
         self._table_at = (0, 0)
         self._verifying = 0
         self._pages = self._iteration_pages = 0
@@ -173,10 +177,10 @@ class PrimaryMachine(Peer):
         """`zero` is the hash of a page of zeros under the pairing's seed; needed before the first `pages`."""
         self._zero = zero
 
-    def pages(
-        self, region: int, gfns: Gfns, hashes: Hashes, kinds: Kinds, iteration: int, payload: Buffers
-    ) -> Buffers:
+    def pages(self, region: int, gfns: Gfns, hashes: Hashes, kinds: Kinds, iteration: int, payload: Buffers) -> Buffers:
         """1 to 4096 pages with ascending gfns; `payload` holds the raw pages in order, then the delta block, if any."""
+        if self.version < 2 and (kinds == DELTA).any():
+            raise LocalProtocolError("protocol version 1 has no delta pages", region=self._geometry[region].name)
         self._step("pages")
         meta = encode_pages(region, gfns, hashes, iteration, kinds, self._zero)
         self._pages += len(gfns)
@@ -232,7 +236,6 @@ class PrimaryMachine(Peer):
     # --- what arrives
 
     def next_event(self) -> Event | None:
-        """The next thing that the daemon must know, or None until more arrives. Raises RemoteProtocolError: close."""
         while self.state is not _P.CLOSED:
             frame = self._reader.next_frame()
             if frame is None:
@@ -243,16 +246,19 @@ class PrimaryMachine(Peer):
         return None
 
     def _place(self, header: Header, meta: bytes) -> memoryview:
-        if header.payload_length and self.state is not _P.TABLE:
-            raise RemoteProtocolError(f"a {header.type.name} frame with a payload is not allowed here")
+        if (self.state, header.type.name) not in self.TRANSITIONS:  # before a payload is allocated
+            self._refuse_frame(header)
         return memoryview(bytearray(header.payload_length))
 
     def _frame_in(self, frame: Frame) -> Event | None:
         header = frame.header
         self._step(header.type.name, header)
         message = decode(header.type, frame.meta)
-        if header.type not in (Type.NACK, Type.BYE, Type.PROMOTED) and header.term != self.term:
-            raise RemoteProtocolError(f"a frame of term {header.term} in term {self.term}", frame=header.type.name)
+        if header.type not in (Type.NACK, Type.BYE):
+            if header.type is not Type.PROMOTED and header.term != self.term:
+                raise RemoteProtocolError(f"a frame of term {header.term} in term {self.term}", frame=header.type.name)
+            if self._welcomed and header.version != self.version:
+                raise CorruptFrame(f"version {header.version} after agreeing on {self.version}", field="version")
         match message:
             case Welcome():
                 return self._welcome_in(message)
@@ -268,6 +274,8 @@ class PrimaryMachine(Peer):
             case Promoted():
                 if header.term <= self.term:
                     raise RemoteProtocolError(f"promoted in term {header.term}, which is not above {self.term}")
+                if header.epoch != self.epoch:
+                    raise RemoteProtocolError("another epoch than the final one was promoted", epoch=header.epoch)
                 return PromotedThere(header.epoch, header.term, message.digest)
             case _:
                 return None if header.type is Type.HEARTBEAT else self._heard_out(header, message)
@@ -276,6 +284,7 @@ class PrimaryMachine(Peer):
         if not OLDEST_VERSION <= welcome.version <= VERSION:
             raise RemoteProtocolError(f"the secondary chose version {welcome.version}", code="version")
         self.version, self.epoch, self.chain = welcome.version, welcome.epoch, welcome.chain
+        self._welcomed = True
         return Welcomed(welcome)
 
     def _table_in(self, header: Header, table: Table, payload: memoryview) -> TablePart:
@@ -299,13 +308,10 @@ class PrimaryMachine(Peer):
             raise RemoteProtocolError(f"an acknowledgement that is not due; due is {due}", epoch=header.epoch)
         flight = self._flights.popleft()
         if ack.digest != flight.digest:
-            raise DigestMismatch(
-                f"the secondary acknowledged digest {ack.digest.hex()}, ours is {flight.digest.hex()}", epoch=header.epoch
-            )
+            ours, theirs = flight.digest.hex(), ack.digest.hex()
+            raise DigestMismatch(f"the secondary acknowledged digest {theirs}, ours is {ours}", epoch=header.epoch)
         return Acknowledged(header.epoch, ack.level)
 
     def _new_epoch(self) -> None:
         self._pages = self._iteration_pages = 0
         self._state_crc = self._output_crc = 0
-
-

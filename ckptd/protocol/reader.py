@@ -1,8 +1,9 @@
 """Bytes in, frames out: the receiving half of a connection, without a socket and without copying page bytes.
 
-The caller receives into `buffer()` and reports with `received(n)`; `next_frame()` yields each whole frame. Headers, metas and small
-payloads pass through a scratch buffer of fixed size; the rest of a payload is received where `place(header, meta)` says it must end up:
-in the guest's image, or in the staged epoch. Memory is bounded by the scratch buffer and by what `place` hands out.
+The caller receives into `buffer()` and reports with `received(n)`; `next_frame()` yields each whole frame. Headers,
+metas and small payloads pass through a scratch buffer of fixed size; the rest of a payload is received where
+`place(header, meta)` says it must end up: in the guest's image, or in the staged epoch. Memory is bounded by the
+scratch buffer and by what `place` hands out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Frames: the fixed header before every message, on the link, in a staged epoch, in a journal segment and in a recording.
+"""Frames: the fixed header before every message, on the link, in a staged epoch, in a journal segment, in a recording.
 
     0        4    5    6       8                16               24               32
     +--------+----+----+-------+----------------+----------------+----------------+
@@ -8,9 +8,9 @@
     +-----------------+--------------------+-----------------+---------------------+
     32                36                   40                44                    48
 
-then the meta (msgpack, or the fixed layout of PAGES) and the payload (bytes that are never parsed by msgpack). All integers
-are little-endian. The header crc covers bytes 0 to 43. Lengths are checked against the limits of the type before anything
-is allocated. Knows no message's content.
+then the meta (msgpack, or the fixed layout of PAGES) and the payload (bytes that are never parsed by msgpack). All
+integers are little-endian. The header crc covers bytes 0 to 43. Lengths are checked against the limits of the type
+before anything is allocated. Knows no message's content.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from enum import IntEnum
 
 from crc32c import crc32c
 
-from ckptd.errors import CorruptFrame, VersionMismatch
+from ckptd.errors import CorruptFrame, LocalProtocolError, VersionMismatch
 from ckptd.memory.hashing import HASH_SIZE
 from ckptd.units import PAGE_SIZE
 
 __all__ = [
-    "HEADER_SIZE", "MAGIC", "MAX_BATCH_PAGES", "MAX_META", "OLDEST_VERSION", "VERSION", "Buffer", "Header", "Type",
-    "pack_frame", "unpack_header",
+    "HEADER_SIZE", "LIMITS", "MAGIC", "MAX_BATCH_PAGES", "MAX_META", "OLDEST_VERSION", "VERSION", "Buffer", "Header",
+    "Type", "pack_frame", "unpack_header",
 ]  # fmt: skip
 
 MAGIC = b"CKPD"
@@ -107,7 +107,16 @@ class Header:
 def pack_frame(
     kind: Type, meta: bytes, payload_length: int, *, term: int, epoch: int, sequence: int, version: int = VERSION
 ) -> bytes:
-    """Header and meta as one small buffer; the payload's buffers follow it on the wire as they are."""
+    """Header and meta as one small buffer; the payload's buffers follow it on the wire as they are.
+
+    Raises LocalProtocolError for a frame that no receiver would take.
+    """
+    max_meta, max_payload = LIMITS[kind]
+    if len(meta) > max_meta or payload_length > max_payload:
+        raise LocalProtocolError(
+            f"a {kind.name} frame of {len(meta)} + {payload_length} bytes; at most {max_meta} + {max_payload}",
+            epoch=epoch,
+        )
     return Header(kind, term, epoch, sequence, len(meta), payload_length, crc32c(meta), version).pack() + meta
 
 
