@@ -78,6 +78,10 @@ class Journal:
     def newest(self) -> int:
         return max(self.segments, default=0)
 
+    def entry(self, epoch: int) -> HistoryEntry:
+        missing = HistoryEntry(epoch, 0, 0, 0, 0, b"", b"", "the segment is missing")
+        return self.entries.get(epoch, missing)
+
     def stage(self) -> Segment:
         """An empty segment for the epoch to be received. Raises NoSpace."""
         return self._segments.take("staged.seg")

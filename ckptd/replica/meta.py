@@ -90,6 +90,13 @@ class MetaFile:
         generation, meta = max(whole, key=lambda slot: slot[0])
         return cls(path, fd, meta, generation)
 
+    @classmethod
+    def guest_of(cls, path: Path) -> str:
+        """Whose meta file this is. Raises Inconsistent."""
+        file = cls.open(path, Meta("empty", "", ""))
+        file.close()
+        return file.meta.guest
+
     def write(self, meta: Meta) -> None:
         """Replace the older slot. Lasts through the death of this process."""
         self._generation += 1

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from ckptd.errors import EpochGap, Fenced, Inconsistent, JournalError, NoSpace, 
 from ckptd.memory.digest import HashTable
 from ckptd.memory.hashing import Hashes, PageHasher, Rows
 from ckptd.memory.regions import Geometry
+from ckptd.protocol.chain import CHAIN_START
 from ckptd.protocol.wire import Buffer, Header
 from ckptd.replica.files import Lock, boot_id, saying, sync_directory
 from ckptd.replica.image import Image
@@ -46,13 +47,13 @@ class Replica:
     holding: str
     geometry: Geometry | None
     table: HashTable | None = None
+    hook: Callable[[str], None] = staticmethod(lambda point: None)  # named points at which tests let a process die
     _term: int
 
     def __init__(self, directory: Path, lock: Lock, meta: MetaFile, journal: Journal, max_memory: int | None) -> None:
         self.directory = directory
         self.guest = meta.meta.guest
         self.reason = ""
-        self.hook: Callable[[str], None] = lambda point: None  # named points at which tests let a process die
         self._lock_file, self._meta, self._journal, self._max_memory = lock, meta, journal, max_memory
         self._lock = threading.RLock()
         self._staged: Segment | None = None
@@ -206,7 +207,8 @@ class Replica:
         """
         with self._lock:
             staged, geometry, table = self._staged, self.geometry, self.table
-            if staged is None or geometry is None or table is None or self.holding not in ("partial", "committed"):
+            open_ = self.holding in ("partial", "committed")
+            if not open_ or staged is None or not staged.used or geometry is None or table is None:
                 raise StateError("there is no staged epoch to commit", epoch=epoch, holding=self.holding)
             if epoch != self.epoch + 1:
                 raise EpochGap(f"epoch {epoch} cannot follow epoch {self.epoch}", guest=self.guest)
@@ -269,7 +271,36 @@ class Replica:
         with self._lock:
             if self.holding != "committed":
                 return []
-            return [self._journal.entries[epoch] for epoch in range(self._meta.meta.first, self._meta.meta.epoch + 1)]
+            return [self._journal.entry(epoch) for epoch in range(self._meta.meta.first, self._meta.meta.epoch + 1)]
+
+    @contextmanager
+    def pinned(self, epoch: int) -> Iterator[Journal]:
+        """Keep this retained epoch and all newer ones while the block runs. Raises StateError if it is not retained."""
+        with self._lock:
+            retained = [entry.epoch for entry in self.history()]
+            if epoch not in retained:
+                kept = f"{retained[0]} to {retained[-1]} are" if retained else "none is"
+                raise StateError(f"epoch {epoch} is not retained: {kept}", guest=self.guest)
+            self._journal.pins.append(epoch)
+        try:
+            yield self._journal
+        finally:
+            with self._lock:
+                self._journal.pins.remove(epoch)
+
+    def applied(self) -> int:
+        """The epoch that the image is at; waits for an apply that runs."""
+        with self._lock:
+            return self._meta.meta.epoch
+
+    def undo_of(self, epoch: int) -> Segment | None:
+        with self._lock:
+            return self._journal.undos.get(epoch)
+
+    @property
+    def direct_epoch(self) -> int:
+        """The epoch whose pages went straight into the image: its segment holds none of them."""
+        return self._meta.meta.direct
 
     def keep(self, history: int, history_bytes: int) -> None:
         """New limits of history; they count from the next applied epoch on."""
@@ -354,37 +385,35 @@ class Replica:
         staged.settle()
 
     def _apply(self, record: EpochRecord) -> None:
-        image, meta, first = self._image, self._meta.meta, self._meta.meta.first
+        image, meta, commit = self._image, self._meta.meta, record.commit
         assert image is not None
         if self._journal.history:
             try:
                 self._undo(record, image)
             except NoSpace:  # history gives way, the guest's protection does not
                 self._journal.make_room()
-                first = record.epoch
-                self._meta.write(replace(meta, first=first, first_chain=meta.chain))
+                meta = replace(meta, first=record.epoch, first_chain=meta.chain)
+                self._meta.write(meta)
         else:
-            first = record.epoch
+            meta = replace(meta, first=record.epoch, first_chain=meta.chain)
         self.hook("apply: undo")
         for index, (pages, payload) in enumerate(record.pages):
             image.scatter(pages, payload)
             self.hook(f"apply: frame {index}")
         self._update_committed(record)
-        self._advance(record, meta, self._journal.first_to_keep(first, record.epoch))
+        self._trim(
+            replace(
+                meta, epoch=record.epoch, before=meta.chain, chain=commit.chain, digest=commit.digest, term=self._term
+            )
+        )
         self.hook("apply: recycled")
 
-    def _advance(self, record: EpochRecord, meta: Meta, first: int) -> None:
-        """The image is at this epoch: say so, and let go of what is not needed any more."""
-        if first == meta.first:
-            first_chain = meta.first_chain
-        else:
-            first_chain = meta.chain if first == record.epoch else self._journal.entries[first - 1].chain
-        self._meta.write(
-            replace(
-                self._meta.meta, epoch=record.epoch, first=first, first_chain=first_chain, before=meta.chain,
-                chain=record.commit.chain, digest=record.commit.digest, term=self._term,
-            )
-        )  # fmt: skip
+    def _trim(self, meta: Meta) -> None:
+        """Write this meta, with as little history as the limits ask for, and recycle what it does not name any more."""
+        first, chain = self._journal.first_to_keep(meta.first, meta.epoch), meta.first_chain
+        if first != meta.first:
+            chain = meta.before if first == meta.epoch else self._journal.entry(first - 1).chain or CHAIN_START
+        self._meta.write(replace(meta, first=first, first_chain=chain))
         self.hook("apply: written")
         self._journal.release(first, self._needed())
 
@@ -435,7 +464,7 @@ class Replica:
         if found.meta.holding == "committed":
             if found.restarted:
                 self._journal.clear(lambda epoch: epoch >= found.meta.first)
-            self._journal.release(found.meta.first, found.meta.epoch)
+            self._trim(found.meta)
             if found.table is not None and self._journal.history:
                 self._committed = [found.table.region(index).copy() for index in range(len(found.table.geometry))]
         self._adopt(found.meta, found.record)
