@@ -6,8 +6,8 @@ A test module gives each check a factory of benches:
     def test_bitmap(check: Check) -> None:
         check(make_bitmap_bench)
 
-A bench is a guest that writes when it is told to and is otherwise paused. `capacity` is how many pages it may write between
-two harvests for which the tracker must not overflow (None: any number).
+A bench is a guest that writes when it is told to and is otherwise paused. `capacity` is how many pages it may write
+between two harvests for which the tracker must not overflow (None: any number).
 """
 
 from __future__ import annotations

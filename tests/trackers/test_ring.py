@@ -117,7 +117,7 @@ def test_a_log_that_was_disarmed_does_not_pretend() -> None:
 
 
 def test_a_store_that_comes_after_its_entry_is_not_lost() -> None:
-    """The vCPU leaves on a full ring with its newest entry logged and the store to come; it stores on re-entry, unlogged.
+    """The vCPU leaves on a full ring with its newest entry logged and the store to come, which is then not logged.
 
     Contents are copied right after each harvest, so the copy is right only if the page is reported again.
     """

@@ -84,22 +84,17 @@ class SimGate:
         return self._between(self.released, mark).tobytes()
 
     def release(self, mark: int) -> int:
-        released = self.released
-        if mark > self.written:
-            raise GuestError(f"cannot release output {mark}: the guest has emitted {self.written}")
-        count = mark - released
-        if count <= 0:
+        records = self._between(self.released, mark)
+        if not len(records):
             return 0
         if self._output is not None:
-            records = self._between(released, mark)
             lines = [f"{number} {step} {content.hex()}\n" for number, step, content in records.tolist()]
             _append(self._output, "".join(lines).encode())
         self._heads[8] = mark
-        return count
+        return len(records)
 
     def fill(self, held: bytes, released: int) -> None:
-        """Make an unused gate hold what another one held. Raises GuestError if it does not follow number
-        `released`."""
+        """Make an unused gate hold what another one held, which must follow number `released`. Raises GuestError."""
         outputs = outputs_of(held)
         if len(outputs) > self.capacity:
             raise GuestError(f"a gate of {self.capacity} outputs cannot hold {len(outputs)}")
@@ -110,6 +105,8 @@ class SimGate:
             self.emit(output)
 
     def _between(self, released: int, mark: int) -> npt.NDArray[np.void]:
+        if mark > self.written:
+            raise GuestError(f"there is no output {mark} yet: the guest has emitted {self.written}")
         count = max(0, mark - released)
         return self._records[(released + np.arange(count)) % self.capacity]
 

@@ -71,8 +71,10 @@ class GuestLink:
             # Then sleep, not spin: the kernel wakes the guest on this very CPU, and a spin would keep it off.
             send(self._sock, message, fds)
             answer = receive(self._sock)
+        except TimeoutError as error:
+            raise self._gone(f"the guest's process does not answer within {_TIMEOUT:.0f} s") from error
         except OSError as error:
-            raise self._gone(f"the guest's process does not answer: {error or type(error).__name__}") from error
+            raise self._gone("the guest's process has ended") from error
         if answer is None:
             raise self._gone("the guest's process has ended")
         reply, received = answer
@@ -98,8 +100,12 @@ class GuestLink:
         if self._pidfd >= 0 and not await asyncio.to_thread(self._ended, _END_WAIT):
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            await asyncio.to_thread(self._ended, _END_WAIT)
         if self._process is not None:
             await asyncio.to_thread(self._process.wait)
+        elif self._pidfd >= 0:
+            with suppress(ChildProcessError):  # ours from before a detach, or no child of ours
+                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
         self.close()
         for left in ("guest.sock", "guest.pid"):
             (self._runtime / left).unlink(missing_ok=True)

@@ -40,6 +40,7 @@ __all__ = ["GuestProcess", "main"]
 _LOOK_EVERY = 64  # steps between two looks at the sockets when running flat out
 _STALL_WAIT = 0.0005  # seconds; releases and harvests come by shared memory and wake nobody
 _STALL_WAIT_ALONE = 0.05
+_REFUSE_WAIT = 0.05
 _MAX_DEBT = 0.05  # seconds of lost time that a rate-limited guest makes up for
 
 
@@ -119,12 +120,14 @@ class GuestProcess:
         if self._daemon is not None and self._daemon in ready:
             self._command(self._daemon)
         if self._listener in ready:
+            # a daemon that was killed may have left commands before the end of its connection
+            while self._daemon is not None and select.select([self._daemon], [], [], 0)[0]:
+                self._command(self._daemon)
             sock, _ = self._listener.accept()
             if self._daemon is None:
                 self._daemon = sock
             else:
-                with sock, suppress(OSError):
-                    send(sock, {"error": "another daemon is attached to this guest; stop that one first"})
+                _refuse(sock)
 
     def _command(self, daemon: socket.socket) -> None:
         try:
@@ -229,6 +232,18 @@ class GuestProcess:
         self._open = False  # the daemon has the gate from here on
         shared = [self._gate_fd, log_fd, self._page_fd, self._attention, *self._memory_fds]
         return {"params": params.as_dict(), "run": self._run, "pid": os.getpid()}, shared
+
+
+def _refuse(sock: socket.socket) -> None:
+    with sock, suppress(OSError, GuestError):
+        sock.settimeout(_REFUSE_WAIT)
+        _, fds = receive(sock) or (
+            {},
+            [],
+        )  # the answer would be lost if the socket were closed with its question unread
+        for fd in fds:
+            os.close(fd)
+        send(sock, {"error": "another daemon is attached to this guest; stop that one first"})
 
 
 def _warm_up() -> None:
