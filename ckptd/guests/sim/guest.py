@@ -110,7 +110,7 @@ class SimGuest:
         if now.state is not None:
             raise StateError("the guest is paused already", guest=self.name)
         now.page.pause = True  # seen before the next step; the packet wakes it where it sleeps
-        reply, _ = now.link.ask({"op": "pause"})
+        reply, _ = await now.link.ask_soon({"op": "pause"})
         now.state = reply["state"]
 
     async def save_state(self) -> bytes:

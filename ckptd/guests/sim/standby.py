@@ -58,7 +58,7 @@ class SimStandby:
                 raise GuestError(f"the state has emitted {outputs} outputs, the gate {gate.written}", guest=self.name)
             gate.release(gate.written)
             output = None if self._output is None else str(self._output)
-            self._link.ask({"op": "activate", "state": state, "output": output}, [gate_fd, *images])
+            await self._link.ask_soon({"op": "activate", "state": state, "output": output}, [gate_fd, *images])
             self._link.active = True
         finally:
             os.close(gate_fd)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from ckptd.errors import GuestError, StateError
-from ckptd.guests.sim import SimGuest
+from ckptd.guests.sim import SimGuest, link
 from ckptd.guests.sim.gate import RECORD_SIZE, outputs_of
 from ckptd.guests.sim.machine import Params, header_of
 from ckptd.guests.sim.oracle import run_to
@@ -292,6 +292,50 @@ def test_a_killed_guest_is_noticed_and_a_new_one_starts_in_its_place(runtime: Pa
         assert not guest.resumed
         await some_steps(guest)
         await guest.end()
+
+    asyncio.run(run())
+
+
+def test_a_stuck_guest_does_not_stop_the_daemon(runtime: Path) -> None:
+    async def run() -> None:
+        guest = make(runtime)
+        await guest.attach()
+        pid = guest.facts()["pid"]
+        assert isinstance(pid, int)
+        try:
+            os.kill(pid, signal.SIGSTOP)
+            pausing = asyncio.create_task(guest.pause())
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+            assert not pausing.done()
+            os.kill(pid, signal.SIGCONT)
+            await pausing
+            assert header_of(await guest.save_state()).step == steps_of(guest)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+            await guest.end()
+
+    asyncio.run(run())
+
+
+def test_a_guest_that_is_stuck_for_good_can_be_ended(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        guest = make(runtime)
+        await guest.attach()
+        await guest.detach()
+        monkeypatch.setattr(link, "_TIMEOUT", 0.5)
+        monkeypatch.setattr(link, "_END_WAIT", 0.1)
+        await guest.attach()
+        pid = guest.facts()["pid"]
+        assert isinstance(pid, int)
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(GuestError, match="does not answer"):
+            await guest.pause()
+        with pytest.raises(GuestError, match="ended"):
+            await guest.pause()
+        await guest.end()
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
     asyncio.run(run())
 
