@@ -17,28 +17,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from ckptd.errors import EpochGap, Fenced, Inconsistent, JournalError, NoSpace, ReplicaError, StateError
 from ckptd.memory.digest import HashTable
-from ckptd.memory.hashing import Hashes, PageHasher, Rows
+from ckptd.memory.hashing import PageHasher, Rows
 from ckptd.memory.regions import Geometry
-from ckptd.protocol.chain import CHAIN_START
 from ckptd.protocol.wire import Buffer, Header
+from ckptd.replica.applier import Applier
 from ckptd.replica.files import Lock, boot_id, saying, sync_directory
 from ckptd.replica.image import Image
 from ckptd.replica.journal import HistoryEntry, Journal
 from ckptd.replica.meta import Meta, MetaFile
 from ckptd.replica.recovery import recover
 from ckptd.replica.segment import EpochRecord, Segment, read_epoch, read_frames
-from ckptd.replica.undo import write_undo
 from ckptd.units import format_size
 
 __all__ = ["Replica"]
-
-_SETTLE_BYTES = 256 << 20
 
 
 class Replica:
@@ -58,10 +55,7 @@ class Replica:
         self._lock = threading.RLock()
         self._staged: Segment | None = None
         self._pending: deque[EpochRecord] = deque()
-        self._broken = False  # stable storage failed once: it must not be asked again
-        self._secured = False  # every epoch after `synced` is on stable storage in its segment
-        self._image: Image | None = None
-        self._committed: list[Hashes] | None = None  # the hashes of the image, without any epoch that is not applied
+        self._applier: Applier | None = None
         self.images: list[Rows] = []
         self._adopt(meta.meta, None)
 
@@ -118,12 +112,14 @@ class Replica:
                     self._staged.unlink()
                     self._staged = None
                 raise
-            self._image, self.images = image, image.rows
+            self._start(image, PageHasher(seed))
             self.table = HashTable(geometry, PageHasher(seed))
             self._adopt(meta, None)
 
     def discard(self) -> None:
         """Back to empty; the term is kept. The image's files are gone."""
+        if self._applier is not None:
+            self._applier.wait()
         with self._lock:
             self._meta.write_durably(Meta("empty", self.guest, boot_id(), term=self.term))
             self.hook("discard: written")
@@ -132,15 +128,15 @@ class Replica:
 
     def close(self) -> None:
         """Let go of files and lock; what is staged is dropped by the next opener."""
+        if self._applier is not None:
+            self._applier.wait()
         with self._lock:
             if self._staged is not None:
                 self._staged.forget()
             self._staged = None
             self._pending.clear()
             self._journal.close()
-            if self._image is not None:
-                self._image.close()
-            self._image, self.images = None, []
+            self._stop()
             self._meta.close()
             self._lock_file.close()
 
@@ -162,11 +158,20 @@ class Replica:
 
     def place(self, header: Header, meta: bytes) -> memoryview:
         """Append header and meta to the staged epoch; returns where the payload must be written. Raises NoSpace."""
-        return self._stage().place(header.pack() + meta, header.payload_length)
+        head = header.pack() + meta
+        try:
+            return self._stage().place(head, header.payload_length)
+        except NoSpace:
+            self._give_way()
+            return self._stage().place(head, header.payload_length)
 
     def append(self, *buffers: Buffer) -> None:
         """Append whole frames. Raises NoSpace."""
-        self._stage().append(*buffers)
+        try:
+            self._stage().append(*buffers)
+        except NoSpace:
+            self._give_way()
+            self._stage().append(*buffers)
 
     def drop_staged(self) -> None:
         """Forget the staged epoch."""
@@ -183,6 +188,13 @@ class Replica:
         if self._staged is not None:
             for frame in read_frames(self._staged.view, used=self._staged.used):
                 yield frame.header, frame.meta, frame.payload
+
+    def _give_way(self) -> None:
+        """The file system is full: history gives way before the guest's protection does."""
+        with self._lock:
+            self._journal.make_room()
+            if self._applier is not None and self.holding == "committed":
+                self._applier.give_way()
 
     def _stage(self) -> Segment:
         if self._staged is None:
@@ -225,27 +237,14 @@ class Replica:
 
     def apply(self) -> None:
         """Bring the image up to the last committed epoch; undo first. The epoch is safe whatever this raises."""
-        with self._lock:
-            while self._pending:
-                self._apply(self._pending[0])
-                self._pending.popleft()
-            if self._settle_due():
-                with suppress(ReplicaError):  # the epoch is applied; the next durable commit will say that none can be
-                    self.settle()
+        if self._applier is not None:
+            self._apply_pending(self._applier)
+            self._applier.settle_if_due()
 
     def settle(self) -> None:
-        """Write the image to stable storage, so that segments that are only needed after a power loss can go.
-
-        Epochs may be applied meanwhile by others: a redo from here on puts right whatever the image had of them.
-        """
-        with self._lock:
-            if self._image is None or self.holding != "committed":
-                return
-            epoch = self._meta.meta.epoch
-            self._sync_image(self._image)
-            self.hook("settle: image")
-            self._meta.write_durably(replace(self._meta.meta, synced=epoch))
-            self._journal.release(self._meta.meta.first, self._needed())
+        """Write the image to stable storage now; at level durable it happens by itself, too. Raises ReplicaError."""
+        if self._applier is not None and self.holding == "committed":
+            self._applier.settle()
 
     def promote(self, term: int) -> None:
         """committed -> promoted: the guest may run over the image now. Raises Inconsistent, Fenced and StateError."""
@@ -259,7 +258,8 @@ class Replica:
                 )  # fmt: skip
             if term <= self.term:
                 raise Fenced(f"a promotion needs a term above {self.term}", guest=self.guest, term=term)
-            self.apply()
+            if self._applier is not None:
+                self._apply_pending(self._applier)
             self.drop_staged()
             self._meta.write_durably(replace(self._meta.meta, holding="promoted", term=term))
             self._term, self.holding = term, "promoted"
@@ -309,18 +309,24 @@ class Replica:
 
     def descriptors(self) -> list[int]:
         """The open image files, one for each region, for a guest that is to run over them. They stay the replica's."""
-        return list(self._image.fds) if self._image is not None else []
+        return list(self._applier.image.fds) if self._applier is not None else []
 
     # --- inside
 
+    def _apply_pending(self, applier: Applier) -> None:
+        with self._lock:
+            while self._pending:
+                applier.apply(self._pending[0], self._term)
+                self._pending.popleft()
+
     def _commit_direct(self, record: EpochRecord, staged: Segment, durable: bool) -> None:
         """The first epoch: its pages are in the image. The meta file commits it."""
-        image, table = self._image, self.table
-        assert image is not None and table is not None
+        applier, table = self._applier, self.table
+        assert applier is not None and table is not None
         for pages, payload in record.pages:
-            image.scatter(pages, payload)
+            applier.image.scatter(pages, payload)
         if durable:
-            self._sync_image(image)
+            applier.sync()
             self._sync_staged(staged)
         self._journal.clear()
         self._seal(record, staged, durable)
@@ -334,13 +340,15 @@ class Replica:
             )
         )  # fmt: skip
         self.hook("commit: written")
-        self._secured = durable
-        self._committed = [table.region(index).copy() for index in range(len(table.geometry))]
+        applier.secured = durable
+        applier.know(table)
         self.holding, self.reason = "committed", ""
 
     def _commit_staged(self, record: EpochRecord, staged: Segment, durable: bool) -> None:
-        if durable and not self._secured:  # epochs before this one may be nowhere but in memory
-            self.settle()
+        applier = self._applier
+        assert applier is not None
+        if durable and not applier.secured:  # epochs before this one may be nowhere but in memory
+            applier.settle()
             for epoch in range(self._meta.meta.epoch + 1, record.epoch):
                 self._journal.segments[epoch].sync()
         if durable:
@@ -348,7 +356,7 @@ class Replica:
         self.hook("commit: synced")
         self._seal(record, staged, durable)
         self.hook("commit: named")
-        self._secured = durable
+        applier.secured = durable
         self._pending.append(record)
 
     def _sync_staged(self, staged: Segment) -> None:
@@ -357,19 +365,6 @@ class Replica:
         except ReplicaError:
             self._staged = None
             staged.unlink()  # the file is suspect, and so is what a second attempt would say of it
-            raise
-
-    def _sync_image(self, image: Image) -> None:
-        if self._broken:
-            raise ReplicaError(
-                "the image's file system failed before: nothing is durable here any more",
-                hint="replace the disk, or protect the guest at level memory", guest=self.guest,
-            )  # fmt: skip
-        try:
-            image.sync()
-        except ReplicaError:
-            self._broken, self._secured = True, False
-            self._meta.write(replace(self._meta.meta, synced=0))
             raise
 
     def _seal(self, record: EpochRecord, staged: Segment, durable: bool) -> None:
@@ -384,89 +379,22 @@ class Replica:
             sync_directory(self.directory)
         staged.settle()
 
-    def _apply(self, record: EpochRecord) -> None:
-        image, meta, commit = self._image, self._meta.meta, record.commit
-        assert image is not None
-        if self._journal.history:
-            try:
-                self._undo(record, image)
-            except NoSpace:  # history gives way, the guest's protection does not
-                self._journal.make_room()
-                meta = replace(meta, first=record.epoch, first_chain=meta.chain)
-                self._meta.write(meta)
-        else:
-            meta = replace(meta, first=record.epoch, first_chain=meta.chain)
-        self.hook("apply: undo")
-        for index, (pages, payload) in enumerate(record.pages):
-            image.scatter(pages, payload)
-            self.hook(f"apply: frame {index}")
-        self._update_committed(record)
-        self._trim(
-            replace(
-                meta, epoch=record.epoch, before=meta.chain, chain=commit.chain, digest=commit.digest, term=self._term
-            )
-        )
-        self.hook("apply: recycled")
-
-    def _trim(self, meta: Meta) -> None:
-        """Write this meta, with as little history as the limits ask for, and recycle what it does not name any more."""
-        first, chain = self._journal.first_to_keep(meta.first, meta.epoch), meta.first_chain
-        if first != meta.first:
-            chain = meta.before if first == meta.epoch else self._journal.entry(first - 1).chain or CHAIN_START
-        self._meta.write(replace(meta, first=first, first_chain=chain))
-        self.hook("apply: written")
-        self._journal.release(first, self._needed())
-
-    def _undo(self, record: EpochRecord, image: Image) -> None:
-        geometry, meta = self.geometry, self._meta.meta
-        assert geometry is not None and self.table is not None
-        if self._committed is None:  # history was off until now
-            table = HashTable(geometry, self.table.hasher)
-            table.rehash(image.rows)
-            self._committed = [table.region(index) for index in range(len(geometry))]
-        segment = self._journal.start_undo()
-        try:
-            write_undo(segment, record, image.rows, self._committed, self.table.hasher.zero, meta.chain, meta.digest)
-        except NoSpace:
-            segment.unlink()
-            raise
-        self.hook("apply: undo written")
-        self._journal.add_undo(segment, record.epoch)
-
-    def _update_committed(self, record: EpochRecord) -> None:
-        if not self._journal.history:
-            self._committed = None
-        elif self._committed is not None:
-            for pages, _ in record.pages:
-                self._committed[pages.region][pages.gfns] = pages.hashes
-
-    def _needed(self) -> int:
-        """Segments after this epoch must stay for the redo after a power loss."""
-        return self._meta.meta.synced if self._secured else self._meta.meta.epoch
-
-    def _settle_due(self) -> bool:
-        if not self._secured:
-            return False
-        synced, journal = self._meta.meta.synced, self._journal
-        if self._meta.meta.epoch - synced > max(16, journal.history // 4):
-            return True
-        return journal.bytes_after(synced) > min(_SETTLE_BYTES, max(journal.history_bytes // 4, 1 << 20))
-
     def _recover(self) -> None:
         meta = self._meta.meta
         if meta.holding == "empty":
             self._empty()
             return
         found = recover(self.directory, meta, self._journal, boot_id(), self.hook)
-        self._image, self.images, self.table = found.image, found.image.rows, found.table
+        self._start(found.image, PageHasher(meta.seed))
+        self.table = found.table
         self._meta.write_durably(found.meta)
         self.hook("recover: written")
         if found.meta.holding == "committed":
             if found.restarted:
                 self._journal.clear(lambda epoch: epoch >= found.meta.first)
-            self._trim(found.meta)
-            if found.table is not None and self._journal.history:
-                self._committed = [found.table.region(index).copy() for index in range(len(found.table.geometry))]
+            assert self._applier is not None and found.table is not None
+            self._applier.trim(found.meta)
+            self._applier.know(found.table)
         self._adopt(found.meta, found.record)
 
     def _empty(self) -> None:
@@ -474,14 +402,23 @@ class Replica:
         self._pending.clear()
         self._journal.clear()
         self._journal.make_room()
-        if self._image is not None:
-            self._image.close()
-        self._image, self.images = None, []
+        self._stop()
         for path in self.directory.glob("image-*"):
             path.unlink()
-        self._committed, self._secured = None, False
         self._adopt(self._meta.meta, None)
         self.table = None
+
+    def _start(self, image: Image, hasher: PageHasher) -> None:
+        def hook(point: str) -> None:
+            self.hook(point)
+
+        self._applier = Applier(image, hasher, self._meta, self._journal, self._lock, hook)
+        self.images = image.rows
+
+    def _stop(self) -> None:
+        if self._applier is not None:
+            self._applier.image.close()
+        self._applier, self.images = None, []
 
     def _adopt(self, meta: Meta, record: EpochRecord | None) -> None:
         self.holding, self.reason, self.run, self.kind = meta.holding, meta.reason, meta.run, meta.kind
