@@ -13,6 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import structlog
+
 from ckptd.errors import CkptdError, TransportError
 from ckptd.protocol.peer import Buffers, Event, Peer
 
@@ -173,6 +175,9 @@ class Link:
             self.end(error)
         except CkptdError as error:
             self.end(error, tell=True)
+        except Exception as error:  # a defect of ours: the connection must not hang on it
+            structlog.get_logger().exception("a defect of ckptd")
+            self.end(CkptdError(f"a defect of ckptd: {error!r}"), tell=True)
 
     # --- both
 

@@ -22,8 +22,6 @@ from ckptd.daemon.link import tune
 from ckptd.daemon.session import Session
 from ckptd.errors import Inconsistent, StateError, TransportError
 from ckptd.guests.base import Standby, guest_kind
-from ckptd.replica.history import restore
-from ckptd.replica.recording import export
 from ckptd.replica.replica import Replica
 
 __all__ = ["Protected", "SecondaryDaemon"]
@@ -43,6 +41,7 @@ class Protected:
             self.condition.become("unprotected", f"INCONSISTENT: {replica.reason}")
         self.busy = asyncio.Lock()  # held while files of the replica are read or moved outside of a session
         self.committed_at = 0.0
+        self.activation_failed = False  # promoted, but the guest did not start: the image is still the epoch
 
     def _report(self, word: str, reason: str) -> None:
         self.log.info(word, reason=reason, epoch=self.replica.epoch)
@@ -187,18 +186,20 @@ class SecondaryDaemon:
     async def promote_now(self, guest: Protected) -> dict[str, Any]:
         """Promote what is committed; the session, if any, must not touch the replica meanwhile."""
         replica, began = guest.replica, time.monotonic_ns()
-        if replica.holding == "promoted":
+        if replica.holding == "promoted" and not guest.activation_failed:
             raise StateError("the guest runs here already", epoch=replica.epoch, term=replica.term)
-        if replica.holding != "committed" or replica.geometry is None:
+        if not (replica.holding == "committed" or guest.activation_failed) or replica.geometry is None:
             raise Inconsistent(
                 "there is no committed epoch to promote" + (f": {replica.reason}" if replica.reason else ""),
                 hint="only the primary can complete it; see `ckptd status` for how far it is",
             )
-        term = replica.term + 1
-        replica.promote(term)
+        if not guest.activation_failed:
+            replica.promote(replica.term + 1)
+        term, guest.activation_failed = replica.term, True
         await guest.standby.activate(
             replica.geometry, replica.image_fds, replica.state, replica.held, replica.released
         )
+        guest.activation_failed = False
         took = (time.monotonic_ns() - began) / 1e6
         guest.condition.become("promoted", f"promoted at epoch {replica.epoch} in term {term}")
         return {
@@ -225,11 +226,13 @@ class SecondaryDaemon:
 
     async def restore(self, name: str | None, epoch: int, out: Path) -> dict[str, Any]:
         """Write the image as of a retained epoch; commits wait meanwhile."""
+        from ckptd.replica.history import restore
         guest = self.find(name)
         return await self._with_still_replica(guest, lambda: restore(guest.replica, epoch, out).as_dict())
 
     async def record(self, name: str | None, out: Path) -> dict[str, Any]:
         """Write the retained history as one recording."""
+        from ckptd.replica.recording import export
         guest = self.find(name)
         return await self._with_still_replica(guest, lambda: export(guest.replica, out).as_dict())
 

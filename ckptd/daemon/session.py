@@ -114,6 +114,9 @@ class Session:
                 self._link.end(error, tell=True)
             except OSError as error:
                 self._link.end(ReplicaError(f"the replica failed: {error.strerror or error}"), tell=True)
+            except Exception as error:  # a defect of ours: the connection must not hang on it
+                self._log.exception("a defect of ckptd")
+                self._link.end(CkptdError(f"a defect of ckptd: {error!r}"), tell=True)
             finally:
                 self._work = None
                 self._link.go_on()
