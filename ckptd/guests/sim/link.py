@@ -64,6 +64,9 @@ class GuestLink:
             link._pidfd = os.pidfd_open(link.pid)
         except BaseException:
             link.close()
+            if process is not None:
+                process.kill()
+                process.wait()
             raise
         return link
 

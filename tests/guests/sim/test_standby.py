@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,9 @@ def test_goes_on_over_the_image_to_what_an_uninterrupted_guest_is(runtime: Path,
         await guest.attach()
         try:
             assert guest.resumed
+            before = numbers(output)
+            await until(lambda: guest.gate.written > before[-1] + 20)
+            assert numbers(output) == before  # from now on the daemon has the gate
             await guest.pause()
             state = await guest.save_state()
             end = run_to(PARAMS, header_of(state).step)
@@ -93,6 +97,21 @@ def test_goes_on_over_the_image_to_what_an_uninterrupted_guest_is(runtime: Path,
             await guest.end()
 
     asyncio.run(again())
+
+
+def test_held_output_leaves_at_once_even_if_the_guest_says_no_more(runtime: Path, tmp_path: Path) -> None:
+    run = run_to(replace(PARAMS, rate=1), 505)
+
+    async def promote() -> None:
+        standby = SimStandby("one", runtime, tmp_path / "output")
+        try:
+            with images_of(run, tmp_path) as images:
+                await standby.activate(PARAMS.geometry, images, run.state, held_by(run, 30), 30)
+            assert numbers(tmp_path / "output") == list(range(31, 51))
+        finally:
+            await standby.end()
+
+    asyncio.run(promote())
 
 
 def test_a_standby_that_only_waits_ends_with_its_daemon(runtime: Path) -> None:
