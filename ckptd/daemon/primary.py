@@ -70,6 +70,8 @@ class PrimaryDaemon:
         self.acknowledged_at = 0.0
         self._earlier_bytes = [0, 0]  # sent and received over links that are gone
         self._connections = 0
+        self._welcomed_at = 0  # monotonic ns; 0 once the first epoch after it is acknowledged
+        self.resync_ms = 0.0  # from the last WELCOME to the first acknowledgement after it
         self._seed = int.from_bytes(os.urandom(8), "little")
 
     # --- life
@@ -171,6 +173,7 @@ class PrimaryDaemon:
             self._replace,
         ))  # fmt: skip
         welcome = await self._welcome
+        self._welcomed_at = time.monotonic_ns()
         self._log.info("connected", secondary=f"{host}:{port}", holds=welcome.holding, epoch=welcome.epoch)
         for flight in self.shipper.settle(welcome.epoch):
             self._safe(flight)
@@ -276,6 +279,8 @@ class PrimaryDaemon:
         flight = self.shipper.acknowledged(event.epoch)
         self._safe(flight)
         self.acknowledged_epoch, self.acknowledged_at = event.epoch, time.time()
+        if self._welcomed_at:
+            self.resync_ms, self._welcomed_at = (time.monotonic_ns() - self._welcomed_at) / 1e6, 0
         self.pacer.acknowledged(time.monotonic_ns() - flight.began)
         self.condition.become("protected", f"epochs are acknowledged as {event.level}")
         self._wake.set()
@@ -366,7 +371,7 @@ class PrimaryDaemon:
             "epochs_committed": counters.epochs_committed, "epochs_rolled_back": counters.epochs_rolled_back,
             "dirty_pages": counters.dirty_pages, "unchanged_pages": counters.unchanged_pages,
             "zero_pages": counters.zero_pages, "delta_pages": counters.delta_pages, "raw_bytes": counters.raw_bytes,
-            "rescans": counters.rescans, "pause_ms": shipper.pause_ms.summary(), "commit_ms": shipper.commit_ms.summary(),
+            "rescans": counters.rescans, "resync_ms": round(self.resync_ms, 3), "pause_ms": shipper.pause_ms.summary(), "commit_ms": shipper.commit_ms.summary(),
             "outputs_written": gate.written, "outputs_released": gate.released, "outputs_held": gate.written - gate.released,
             "gate_full": gate.full, "digest": shipper.table.digest.hex() if shipper.table else None,
             "progress": dict(shipper.progress) if self.condition.word == "resyncing" else None,
