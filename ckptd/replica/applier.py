@@ -84,7 +84,7 @@ class Applier:
         self._journal.make_room()
 
     def sync(self) -> None:
-        """The image on stable storage; needs no lock. After one failure there is no second attempt. Raises ReplicaError."""
+        """The image on stable storage; needs no lock. After a failure there is no second try. Raises ReplicaError."""
         if self._broken:
             raise ReplicaError(
                 "the image's file system failed before: nothing is durable here any more",

@@ -25,6 +25,7 @@ from ckptd.errors import EpochGap, Fenced, Inconsistent, JournalError, NoSpace, 
 from ckptd.memory.digest import HashTable
 from ckptd.memory.hashing import PageHasher, Rows
 from ckptd.memory.regions import Geometry
+from ckptd.protocol.chain import CHAIN_START
 from ckptd.protocol.wire import Buffer, Header
 from ckptd.replica.applier import Applier
 from ckptd.replica.files import Lock, boot_id, saying, sync_directory
@@ -301,6 +302,13 @@ class Replica:
     def direct_epoch(self) -> int:
         """The epoch whose pages went straight into the image: its segment holds none of them."""
         return self._meta.meta.direct
+
+    def chain_before(self, epoch: int) -> bytes:
+        """The chain that a retained epoch continues."""
+        with self._lock:
+            if epoch == self._meta.meta.first:
+                return self._meta.meta.first_chain
+            return self._journal.entry(epoch - 1).chain or CHAIN_START
 
     def keep(self, history: int, history_bytes: int) -> None:
         """New limits of history; they count from the next applied epoch on."""
