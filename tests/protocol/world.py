@@ -20,7 +20,7 @@ from ckptd.memory.regions import Geometry
 from ckptd.protocol.messages import Message, encode
 from ckptd.protocol.pages import decode_pages
 from ckptd.protocol.peer import Buffers, Event, Peer, Timing
-from ckptd.protocol.primary import PrimaryMachine, TablePart, Welcomed
+from ckptd.protocol.primary import Acknowledged, PrimaryMachine, TablePart, Welcomed
 from ckptd.protocol.secondary import EpochReady, HelloReceived, SecondaryMachine, TableWanted
 from ckptd.protocol.wire import HEADER_SIZE, Buffer, Header, Type, unpack_header
 from ckptd.units import PAGE_SIZE
@@ -282,5 +282,6 @@ class World:
         (ready,) = self.there.events()
         assert isinstance(ready, EpochReady)
         self.holding.commit(ready)
-        self.here.deliver(self.secondary.acknowledge("memory"))
+        self.here.deliver(self.secondary.acknowledge(ready.level))
+        assert self.here.events() == [Acknowledged(ready.epoch, ready.level)]
         return ready
