@@ -11,6 +11,7 @@ import asyncio
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from ckptd.daemon.link import tune
 from ckptd.daemon.session import Session
 from ckptd.errors import Inconsistent, StateError, TransportError
 from ckptd.guests.base import Standby, guest_kind
+from ckptd.replica.history import restore
+from ckptd.replica.recording import export
 from ckptd.replica.replica import Replica
 
 __all__ = ["Protected", "SecondaryDaemon"]
@@ -74,7 +77,9 @@ class SecondaryDaemon:
         """Serve until stopped. Raises ReplicaError or TransportError when it cannot begin."""
         self._listener = self._listen()
         for entry in self.config.guest:
-            self.guests[entry.name] = self._open(entry)
+            self.guests[entry.name] = guest = self._open(entry)
+            if guest.replica.holding == "promoted":  # the guest outlived the daemon that promoted it
+                await guest.standby.prepare()
         loop = asyncio.get_running_loop()
         loop.add_reader(self._listener.fileno(), self._accept)
         self._log.info("listening", address=self.config.listen.address)
@@ -97,7 +102,7 @@ class SecondaryDaemon:
         """Take over the keys that can change while running."""
         self.config = config
         for guest in self.guests.values():
-            guest.replica.set_limits(config.replica.history, config.replica.history_bytes)
+            guest.replica.keep(config.replica.history, config.replica.history_bytes)
         for session in self._sessions:
             session.retime(config.link.heartbeat, config.link.timeout)
 
@@ -197,7 +202,7 @@ class SecondaryDaemon:
             replica.promote(replica.term + 1)
         term, guest.activation_failed = replica.term, True
         await guest.standby.activate(
-            replica.geometry, replica.image_fds, replica.state, replica.held, replica.released
+            replica.geometry, replica.descriptors(), replica.state, replica.held, replica.released
         )
         guest.activation_failed = False
         took = (time.monotonic_ns() - began) / 1e6
@@ -226,17 +231,15 @@ class SecondaryDaemon:
 
     async def restore(self, name: str | None, epoch: int, out: Path) -> dict[str, Any]:
         """Write the image as of a retained epoch; commits wait meanwhile."""
-        from ckptd.replica.history import restore
         guest = self.find(name)
         return await self._with_still_replica(guest, lambda: restore(guest.replica, epoch, out).as_dict())
 
     async def record(self, name: str | None, out: Path) -> dict[str, Any]:
         """Write the retained history as one recording."""
-        from ckptd.replica.recording import export
         guest = self.find(name)
         return await self._with_still_replica(guest, lambda: export(guest.replica, out).as_dict())
 
-    async def _with_still_replica(self, guest: Protected, work: Any) -> Any:
+    async def _with_still_replica(self, guest: Protected, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if guest.replica.holding != "committed":
             raise StateError(f"the replica is {guest.replica.holding}, not at a committed epoch")
         async with guest.busy:

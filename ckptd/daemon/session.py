@@ -210,10 +210,8 @@ class Session:
                     )
                 )
             elif replica.holding == "partial":
-                table = replica.table
-                assert table is not None
-                await asyncio.to_thread(table.rehash, replica.images)  # a cut may have left half a page
-            replica.append()  # nothing yet: but room for the first epoch, or NoSpace now
+                await asyncio.to_thread(replica.rehash)  # a cut may have left half a page
+            replica.make_room()
         except NoSpace as error:
             return "no_space", str(error), guest
         except ReplicaError as error:
