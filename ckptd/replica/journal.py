@@ -27,6 +27,7 @@ __all__ = ["HistoryEntry", "Journal"]
 
 _NAME = re.compile(r"epoch-(\d+)\.(seg|undo)")
 _STEP = 1 << 20
+_USUAL = 8 << 20  # a new file's size where there will be many: larger epochs make theirs grow, once
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ class Journal:
         """Retain `history` epochs before the newest in `history_bytes`; recycle files of at most `reserve` bytes."""
         self.history, self.history_bytes = history, history_bytes
         self._directory = directory
-        size = max(_STEP, min(reserve, history_bytes // (2 * history + 3))) if history else max(_STEP, reserve)
+        usual = min(reserve, _USUAL, history_bytes // (2 * history + 3)) if history else reserve
+        size = max(_STEP, usual)
         self._segments = Pool(directory, ".seg", size, reserve)
         self._undos = Pool(directory, ".undo", size, reserve)
         self.segments: dict[int, Segment] = {}
@@ -136,8 +138,8 @@ class Journal:
             self.undos.popitem()[1].unlink()
 
     def bytes_after(self, epoch: int) -> int:
-        """Bytes in the segments of later epochs."""
-        return sum(entry.bytes for number, entry in self.entries.items() if number > epoch)
+        """Bytes of the segments of later epochs."""
+        return sum(segment.size for number, segment in self.segments.items() if number > epoch)
 
     def close(self) -> None:
         for segment in (*self.segments.values(), *self.undos.values()):

@@ -49,7 +49,7 @@ class Segment:
             if not existed:
                 self._grow_to(_round(size))
             elif self.size:
-                self._remap()
+                self._remap(populate=False)
         except BaseException:
             self.forget()
             if not existed:
@@ -118,9 +118,9 @@ class Segment:
         self.size = size
         self._remap()
 
-    def _remap(self) -> None:
+    def _remap(self, *, populate: bool = True) -> None:
         """A new mapping of the whole file. Views of the old one stay valid: both show the same pages."""
-        self._map = map_file(self._fd, self.size, populate=True)
+        self._map = map_file(self._fd, self.size, populate=populate)
         self.view = memoryview(self._map)
 
 
@@ -149,7 +149,8 @@ class Pool:
 
     def give(self, segment: Segment) -> None:
         """Take back a segment that no epoch needs any more."""
-        if len(self._free) >= 2 or segment.size > self._keep:
+        spare = sum(one.size for one in self._free) + segment.size
+        if segment.size > self._keep or (len(self._free) >= 2 and spare > self._keep):
             segment.unlink()
             return
         self._number += 1

@@ -11,7 +11,9 @@ import pytest
 
 from ckptd.errors import JournalError, StateError, VerifyFailed
 from ckptd.memory.regions import Geometry
-from ckptd.protocol.wire import Type
+from ckptd.protocol.peer import Timing
+from ckptd.protocol.secondary import EpochReady, SecondaryMachine
+from ckptd.protocol.wire import HEADER_SIZE, Type, unpack_header
 from ckptd.replica.history import restore, verify_history
 from ckptd.replica.recording import export, read_frames
 from ckptd.replica.replay import replay
@@ -186,6 +188,33 @@ def test_a_recording_after_a_restart_and_a_lost_host_has_the_right_chain(tmp_pat
         export(replica, tmp_path / f"record-{turn}")
         assert all(one.ok for one in replay(tmp_path / f"record-{turn}")), turn
         guest.go(replica, 1, level="durable")
+
+
+def test_the_real_machine_fills_a_real_replica_from_a_recording(tmp_path: Path) -> None:
+    replica, guest = open_replica(tmp_path / "vm", history=20), Guest()
+    guest.make(replica)
+    guest.go(replica, 8)
+    export(replica, tmp_path / "record")
+    twin, machine = open_replica(tmp_path / "twin", history=20), SecondaryMachine(Timing(1, 1), 0, replaying=True)
+    guest.make(twin)
+    machine.replay(twin)
+    epochs = []
+    with (tmp_path / "record").open("rb", buffering=0) as file:
+        for _ in ("HELLO", "WELCOME"):
+            header = unpack_header(file.read(HEADER_SIZE))
+            file.read(header.meta_length)
+        while count := file.readinto(machine.buffer()):
+            machine.received(count, 0)
+            while (event := machine.next_event()) is not None:
+                assert isinstance(event, EpochReady)
+                twin.commit(event.epoch, event.term, event.chain, event.digest, event.level)
+                machine.acknowledge(event.level)
+                twin.apply()
+                holds(twin, guest, event.epoch)
+                epochs.append(event.epoch)
+    assert epochs == list(range(1, 9)) and verify_history(twin) is None
+    restore(twin, 1, tmp_path / "out")
+    assert (tmp_path / "out" / "image-ram").read_bytes() == guest.memories[1][0].tobytes()
 
 
 def test_a_damaged_recording_says_where(tmp_path: Path) -> None:
