@@ -37,7 +37,7 @@ from ckptd.trackers.ring import RingLog, ring_log_bytes
 
 __all__ = ["GuestProcess", "main"]
 
-_LOOK_EVERY = 64  # steps between two looks at the sockets when running flat out
+_LOOK_EVERY = 64  # steps between two looks at the sockets of a guest that never waits
 _STALL_WAIT = 0.0005  # seconds; releases and harvests come by shared memory and wake nobody
 _STALL_WAIT_ALONE = 0.05
 _REFUSE_WAIT = 0.05
@@ -79,19 +79,14 @@ class GuestProcess:
                     os.eventfd_write(self._attention, 1)
                 self._serve(_STALL_WAIT if self._daemon is not None else _STALL_WAIT_ALONE)
             else:
-                since += 1
-                pause = machine.params.step_seconds
-                if pause:
-                    now = time.monotonic()
-                    if deadline > now:
-                        self._serve(deadline - now)
-                        continue
-                    deadline = max(deadline, now - _MAX_DEBT) + pause
-                elif since >= _LOOK_EVERY:
+                wait = machine.params.step_seconds and deadline - time.monotonic()
+                if wait > 0 or since >= _LOOK_EVERY:  # a guest that falls short of its rate never waits
                     since = 0
-                    self._serve(0)
-                    if self._paused:
-                        continue
+                    self._serve(max(wait, 0.0))
+                    continue
+                since += 1
+                # absolute deadlines keep the rate; what was lost beyond the debt (a pause, a stall) is forgiven
+                deadline += max(wait, -_MAX_DEBT) - wait + machine.params.step_seconds
                 self._step(machine)
 
     def _step(self, machine: Machine) -> None:

@@ -2,7 +2,7 @@
 
 to the process      hello {}                                            -> {pid, active} + control page
                     create {params, gate_capacity}                      makes the machine; it runs from here on
-                    attach {tracker, ring_entries}                      -> {params, pid} + descriptors
+                    attach {tracker, ring_entries}                      -> {params, run, pid} + descriptors
                     pause {}                                            -> {state}, at a step boundary
                     resume {}                                           no reply
                     activate {state, output} + images, gate             -> {}; runs from the state on

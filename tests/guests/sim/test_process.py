@@ -257,6 +257,37 @@ def test_detach_leaves_it_running_and_end_leaves_nothing(runtime: Path) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("rate", [0, 10**9])
+def test_a_guest_that_never_waits_still_listens(rate: int, runtime: Path) -> None:
+    async def run() -> None:
+        guest = make(runtime, rate=rate, vcpus=1)
+        for _ in range(3):
+            await guest.attach()
+            await some_steps(guest)
+            await guest.detach()
+        await guest.attach()
+        await guest.end()
+        assert not (runtime / "guest.pid").exists()
+
+    asyncio.run(run())
+
+
+def test_a_run_has_an_identity_that_another_run_has_not(runtime: Path) -> None:
+    async def run() -> None:
+        guest = make(runtime)
+        await guest.attach()
+        first = guest.run
+        await guest.detach()
+        await guest.attach()
+        assert guest.run == first
+        await guest.end()
+        await guest.attach()
+        assert guest.run != first
+        await guest.end()
+
+    asyncio.run(run())
+
+
 def test_one_daemon_at_a_time(runtime: Path) -> None:
     async def run() -> None:
         guest = make(runtime)
