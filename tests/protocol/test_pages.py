@@ -99,6 +99,7 @@ MIXED = meta([3, 5, 9], [RAW, DELTA, ZERO])
         (MIXED[:-3] + b"\x03" + MIXED[-2:], PAGE + 10, {"field": "kinds"}),
         (changed(MIXED, 8, "<I", 1), PAGE + 10, {"field": "kinds"}),
     ],
+    ids=lambda one: "meta" if isinstance(one, bytes) else str(one),
 )  # fmt: skip
 def test_every_lie_is_named(data: bytes, payload: int, where: dict[str, object]) -> None:
     with pytest.raises(CorruptFrame) as caught:

@@ -58,6 +58,7 @@ def refused(world: World, data: bytes, error: type[CkptdError], code: str, **whe
         world.to_secondary(data)
     assert type(caught.value) is error
     assert {**caught.value.where, **where} == caught.value.where
+    assert world.holding.state() == before  # at once
     leaves_no_trace(world, caught.value, code, before)
     return caught.value
 
