@@ -28,6 +28,9 @@ class Frame:
     payload: memoryview
 
 
+_WINDOW = 8 << 10  # holds header and meta of a batch of 256 pages, and many control frames
+_LEAST = 512
+
 Place = Callable[[Header, bytes], memoryview]
 
 
@@ -55,7 +58,10 @@ class FrameReader:
             rest = bytes(self._scratch[self._begin : self._end])
             self._scratch[: len(rest)] = rest
             self._begin, self._end = 0, len(rest)
-        return self._scratch[self._end :]
+        # A small window: what follows a meta is page bytes, and those that come through here are copied once more.
+        wanted = _WINDOW if self._header is None else self._header.meta_length
+        missing = max(wanted - (self._end - self._begin), _LEAST)
+        return self._scratch[self._end : self._end + missing]
 
     def received(self, count: int) -> None:
         """`count` bytes were written to the start of what `buffer()` last returned."""
