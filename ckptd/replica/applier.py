@@ -149,6 +149,7 @@ class Applier:
             self.know(table)
         assert self._hashes is not None
         segment = self._journal.start_undo()
+        self._hook("apply: undo started")
         try:
             write_undo(segment, record, rows, self._hashes, self._hasher.zero, meta.chain, meta.digest)
         except NoSpace:

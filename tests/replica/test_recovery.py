@@ -170,6 +170,61 @@ def test_death_during_recovery_is_recovered_from(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "out")
 
 
+def test_a_half_applied_epoch_without_an_undo_begins_history_anew(tmp_path: Path) -> None:
+    """History was off when the process died in the middle of the pages: nobody knows what was there before."""
+    replica, guest = open_replica(tmp_path, history=0), Guest()
+    guest.make(replica)
+    guest.go(replica, 2)
+    commit = guest.stage(replica, guest.run())
+    replica.close()  # only its files are needed; the child stages the same again
+
+    def work(hook: Callable[[str], None]) -> None:
+        child = Guest()
+        child.memory, child.epoch, child.chain = guest.memories[2], 2, guest.chains[2]
+        replica = open_replica(tmp_path, history=0)
+        replica.hook = hook
+        child.go(replica)
+
+    assert dies_at("apply: frame 0", 1, work)
+    replica = open_replica(tmp_path, history=4)
+    holds(replica, guest, 3)
+    assert [entry.epoch for entry in replica.history()] == [3] and commit.digest == replica.digest
+    guest.go(replica, 2)
+    restore(replica, 3, tmp_path / "out")
+    assert (tmp_path / "out" / "image-ram").read_bytes() == guest.memories[3][0].tobytes()
+
+
+def test_a_durable_commit_is_on_stable_storage_before_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file, then its name, then the directory; at level memory none of it."""
+    replica, guest = open_replica(tmp_path), Guest()
+    guest.make(replica)
+    guest.go(replica, 2, level="durable")
+    calls: list[tuple[str, str]] = []
+    real = {name: getattr(os, name) for name in ("fdatasync", "fsync", "rename")}
+
+    def noting(name: str) -> Callable[..., None]:
+        def call(what: int | Path, *others: object) -> None:
+            path = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else str(what)
+            calls.append((name, Path(path).name))
+            real[name](what, *others)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(os, name, noting(name))
+    for level in ("durable", "memory"):
+        commit = guest.stage(replica, guest.run())
+        calls.clear()
+        guest.commit(replica, commit, level)
+        if level == "durable":
+            assert calls == [("fdatasync", "staged.seg"), ("rename", "staged.seg"), ("fsync", tmp_path.name)]
+        else:
+            assert calls == [("rename", "staged.seg")]
+        replica.apply()
+
+
 # --- damage
 
 
@@ -303,6 +358,17 @@ def test_bit_rot_in_history_is_named_and_harms_nothing_else(tmp_path: Path, at: 
     assert [bool(entry.damage) for entry in replica.history()] == [False, False, False, seen, False, False]
     restore(replica, 3, tmp_path / "out")  # the undos are whole
     assert (tmp_path / "out" / "image-ram").read_bytes() == guest.memories[3][0].tobytes()
+
+
+def test_a_segment_of_another_epoch_is_seen_on_opening(tmp_path: Path) -> None:
+    replica, guest = open_replica(tmp_path), Guest()
+    guest.make(replica)
+    guest.go(replica, 6)
+    replica.close()
+    shutil.copy(tmp_path / "epoch-3.seg", tmp_path / "epoch-5.seg")
+    replica = open_replica(tmp_path)
+    holds(replica, guest, 6)
+    assert [entry.epoch for entry in replica.history() if entry.damage] == [5]
 
 
 # --- power loss

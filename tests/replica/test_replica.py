@@ -228,6 +228,9 @@ def test_the_term_never_falls(tmp_path: Path) -> None:
     replica.term = 9
     replica.term = 4
     assert replica.term == 9
+    replica.close()
+    replica = open_replica(tmp_path)
+    assert replica.term == 9
     replica.discard()
     assert replica.term == 9
     replica.close()
