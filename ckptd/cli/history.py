@@ -26,10 +26,8 @@ def _shown(answer: dict[str, Any]) -> Table | str:
     if not answer["epochs"]:
         return f"nothing of guest {answer['guest']} can be restored"
     table = Table("epoch", "term", "committed", "pages", "size", "digest", title=f"guest {answer['guest']}")
-    for column in (0, 1, 3, 4):
-        table.columns[column].justify = "right"
-    for column in table.columns:
-        column.no_wrap = True
+    for index, column in enumerate(table.columns):
+        column.no_wrap, column.justify = True, "left" if index in (2, 5) else "right"
     for one in answer["epochs"]:
         table.add_row(
             str(one["epoch"]), str(one["term"]), _at(one["time"]), str(one["pages"]), format_size(one["bytes"]),

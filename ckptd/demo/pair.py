@@ -1,0 +1,306 @@
+"""A pair of daemons with a guest between them, and all that can be done to it: start, kill, restart, promote, prove.
+
+    start -> protect -> (kill and restart either side, in any order) -> kill_primary -> promote -> check -> close
+
+Everything is in two directories of its own, and ends with `close`, whatever happened before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptd.config import load_primary
+from ckptd.control.client import Answered, wish
+from ckptd.demo.children import Child, ChildFailed, guest_pid, kill_guest
+from ckptd.demo.proof import Proof, prove, read_image, read_outputs
+from ckptd.errors import CkptdError, Unreachable, VerifyFailed
+from ckptd.guests.sim import params_from
+from ckptd.guests.sim.link import GuestLink
+from ckptd.guests.sim.machine import header_of
+
+__all__ = ["Killed", "Pair", "Setting", "Watch"]
+
+Watch = Callable[[dict[str, Any] | None, dict[str, Any] | None], None]
+"""Is shown both statuses now and then: the primary's, and the secondary's of the guest; None where nobody answers."""
+
+_GUEST = "demo"
+_LOOK = 0.02
+_SHOW = 0.2
+_TRIES = 150  # moments at which the primary is looked at for an epoch on its way
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What runs. `memory` in bytes, `rate` in pages a second (0: flat out)."""
+
+    memory: int
+    workload: str = "zipf"
+    vcpus: int = 2
+    seed: int = 1
+    level: str = "memory"
+    tracker: str = "auto"
+    rate: int = 20_000
+    interval_ms: int = 25
+    encoding: str = "raw"
+    output_every: int = 16
+
+
+@dataclass(slots=True)
+class Killed:
+    """The primary's end. `acknowledged` and `released`: what it had been told, and had let go of."""
+
+    mid_epoch: bool
+    receiving: int
+    acknowledged: int
+    released: int
+    at: float
+
+
+class Pair:
+    """See the module. `directory` takes files and logs, `replicas` the replica; both must exist."""
+
+    def __init__(self, setting: Setting, directory: Path, replicas: Path, chance: random.Random) -> None:
+        self.setting, self.chance = setting, chance
+        self.directory, self.replicas = directory, replicas
+        self._here, self._there = directory / "p", directory / "s"
+        self._files = directory / "primary.toml", directory / "secondary.toml"
+        self.primary = Child("primary", self._files[0], self._here / "primary.sock", directory / "primary.log")
+        self.secondary = Child("secondary", self._files[1], self._there / "secondary.sock", directory / "secondary.log")
+        self._port = _free_port()
+        self.last: dict[str, Any] = {}
+        self.killed: Killed | None = None
+        self.promoted: dict[str, Any] = {}
+        self.failover_ms = 0.0
+
+    # --- life
+
+    def start(self) -> None:
+        """Write the files and start both daemons. Raises ChildFailed."""
+        self._write_files()
+        self.secondary.start()
+        self.primary.start()
+        self.secondary.wait_ready()
+        self.primary.wait_ready()
+
+    def close(self) -> None:
+        """End every process that this has started, by its pid. The directories stay: see `remove`."""
+        for child in (self.primary, self.secondary):
+            child.end()
+        for runtime in (self._here, self._there / _GUEST):
+            kill_guest(runtime)
+
+    def remove(self) -> None:
+        """The directories too."""
+        for place in (self.replicas, self.directory):
+            shutil.rmtree(place, ignore_errors=True)
+
+    # --- while it is protected
+
+    def wait_protected(self, seconds: float = 60.0, watch: Watch | None = None) -> dict[str, Any]:
+        """Until the primary says protected; returns its status. Raises ChildFailed."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self._check()
+            found = self._look(watch)
+            if found is not None and found["condition"] == "protected":
+                return found
+            time.sleep(_LOOK)
+        raise ChildFailed(f"the guest is not protected after {seconds:g} s", hint=self.primary.tail())
+
+    def protect(self, seconds: float, watch: Watch | None = None) -> dict[str, Any]:
+        """Let it run that long; returns the primary's last status. Raises ChildFailed when a daemon ends."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(_SHOW, left))
+            self._check()
+            self._look(watch)
+        self.last = self.primary.status()
+        return self.last
+
+    def replica(self) -> dict[str, Any]:
+        """The secondary's status of the guest. Raises Unreachable."""
+        found: dict[str, Any] = self.secondary.status()["guests"][0]
+        return found
+
+    # --- what is done to it
+
+    def kill_primary(self, *, host: bool = True, tries: int = _TRIES) -> Killed:
+        """SIGKILL the primary while an epoch is on its way, if one can be met; with its host its guest dies, too."""
+        self.last = self.primary.status()
+        receiving = self._freeze_within_an_epoch(tries)
+        self.primary.kill()
+        at = time.monotonic()
+        if host:
+            kill_guest(self._here)
+        outputs = read_outputs(self._here / "output")
+        self.killed = Killed(bool(receiving), receiving, self.last["epoch"], outputs[-1].number if outputs else 0, at)
+        return self.killed
+
+    def restart_primary(self) -> None:
+        self.primary.start()
+        self.primary.wait_ready()
+
+    def kill_secondary(self) -> None:
+        """SIGKILL it at a random moment."""
+        time.sleep(self.chance.uniform(0, 2 * self.setting.interval_ms / 1e3))
+        self.secondary.kill()
+
+    def restart_secondary(self) -> None:
+        self.secondary.start()
+        self.secondary.wait_ready()
+
+    def promote(self, seconds: float = 10.0) -> dict[str, Any]:
+        """Failover, as soon as the secondary has seen that its primary is gone. Returns its answer."""
+        until = time.monotonic() + seconds
+        while self.replica()["primary"] is not None and time.monotonic() < until:
+            time.sleep(0.002)
+        self.promoted = wish(self.secondary.socket, "promote")
+        if self.killed is not None:
+            self.failover_ms = (time.monotonic() - self.killed.at) * 1e3
+        return self.promoted
+
+    def run_on(self, seconds: float, watch: Watch | None = None) -> None:
+        """Let the promoted guest run. Raises ChildFailed when the secondary ends."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(_SHOW, left))
+            self.secondary.check()
+            self._look(watch)
+
+    # --- the proof
+
+    def check(self) -> tuple[Proof, list[str]]:
+        """Prove the promoted guest by an uninterrupted run; failures as sentences. Ends the secondary and the guest."""
+        replica, failures = self.replica(), self._earlier()
+        if not guest_pid(self._there / _GUEST):
+            raise VerifyFailed("the promoted guest does not run any more", hint=self.secondary.tail())
+        self.secondary.end()  # the guest outlives its daemon, and can be asked by us now
+        step, state = asyncio.run(_stop_guest(self._there / _GUEST))
+        files = sorted(Path(self.replicas / _GUEST).glob("image-*"))
+        sides = [read_outputs(self._here / "output"), read_outputs(self._there / "output")]
+        params = params_from(load_primary(self._files[0], {}).config.guest)
+        proof = prove(params, step, state, read_image(files), sides)
+        if replica["outputs_mark"] < (self.killed.released if self.killed else 0):
+            failures.append(f"the promoted epoch knows of outputs up to {replica['outputs_mark']} only")
+        if not proof.digest_equal:
+            failures.append(f"{proof.differing_pages} pages of the promoted guest are wrong at step {step}")
+        if not proof.state_equal:
+            failures.append(f"the registers of the promoted guest are wrong at step {step}")
+        for what in ("lost", "contradicted", "wrong"):
+            numbers: list[int] = getattr(proof.outputs, what)
+            if numbers:
+                failures.append(f"{len(numbers)} outputs are {what}, from number {numbers[0]} on")
+        return proof, failures
+
+    def _earlier(self) -> list[str]:
+        """P1: the promoted epoch is none before the last one that the primary knew to be safe."""
+        if self.killed is None or self.promoted.get("epoch", 0) >= self.killed.acknowledged:
+            return []
+        return [f"epoch {self.promoted['epoch']} was promoted, though {self.killed.acknowledged} was acknowledged"]
+
+    def rolled_back(self) -> int:
+        """Epochs that were on their way when the primary died and are gone."""
+        if self.killed is None:
+            return 0
+        sent = max(self.killed.receiving, int(self.last["epoch"]) + int(self.last["in_flight"]))
+        return max(0, sent - int(self.promoted["epoch"]))
+
+    # --- inside
+
+    def _freeze_within_an_epoch(self, tries: int) -> int:
+        """Leaves the primary stopped, and returns the epoch that the secondary has only a part of; 0 if none was met.
+
+        To be stopped and then killed is to be killed when it was stopped, but we can look in between.
+        """
+        for _ in range(tries):
+            # The next epoch is due when the primary goes on after a look, so early moments are the better ones.
+            time.sleep(self.setting.interval_ms / 1e3 * self.chance.random() ** 3)
+            self.primary.freeze()
+            if receiving := self._settled():
+                return receiving
+            self.primary.thaw()
+        return 0
+
+    def _settled(self) -> int:
+        """The epoch that is being received once all that was sent has arrived."""
+        before = self.replica()
+        while True:
+            now = self.replica()
+            if now["bytes_received"] == before["bytes_received"] and now["epoch"] == before["epoch"]:
+                return int(now["receiving_epoch"])
+            before = now
+
+    def _check(self) -> None:
+        self.primary.check()
+        self.secondary.check()
+
+    def _look(self, watch: Watch | None) -> dict[str, Any] | None:
+        primary = replica = None
+        if self.primary.running:
+            with suppress(Unreachable, Answered):
+                primary = self.primary.status()
+        if watch is not None:
+            with suppress(Unreachable, Answered):
+                replica = self.replica()
+            watch(primary, replica)
+        return primary
+
+    def _write_files(self) -> None:
+        one, address = self.setting, f"127.0.0.1:{self._port}"
+        self._files[0].write_text(_toml({
+            "guest": {
+                "name": _GUEST, "memory": f"{one.memory}B", "vcpus": one.vcpus, "workload": one.workload,
+                "seed": one.seed, "tracker": one.tracker, "dirty_rate": one.rate, "output_every": one.output_every,
+                "output": str(self._here / "output"),
+            },
+            "secondary": {"address": address},
+            "checkpoint": {"interval": f"{one.interval_ms}ms", "level": one.level, "encoding": one.encoding},
+            "runtime": {"dir": str(self._here)},
+        }))  # fmt: skip
+        self._files[1].write_text(_toml({
+            "listen": {"address": address},
+            "replica": {"dir": str(self.replicas), "history": 20, "history_bytes": "128MiB", "reserve": "32MiB"},
+            "[guest]": {"name": _GUEST, "output": str(self._there / "output")},
+            "runtime": {"dir": str(self._there)},
+        }))  # fmt: skip
+        for place in (self._here, self._there):
+            place.mkdir(exist_ok=True)
+
+    def about(self) -> dict[str, object]:
+        return asdict(self.setting)
+
+
+async def _stop_guest(runtime: Path) -> tuple[int, bytes]:
+    """Pause the guest's process between two steps, take its state, and end it. Its memory stays in the image."""
+    link = await GuestLink.open(runtime)
+    try:
+        if link.started:
+            raise CkptdError("the promoted guest ended with its daemon")
+        state: bytes = link.ask({"op": "pause"})[0]["state"]
+    finally:
+        await link.end()
+    return header_of(state).step, state
+
+
+def _toml(sections: dict[str, dict[str, object]]) -> str:
+    """A JSON string or number is TOML's, too."""
+    return "\n".join(
+        f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+        for name, keys in sections.items()
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
