@@ -12,7 +12,7 @@ class Recent:
 
     __slots__ = ("_count", "_values", "largest")
 
-    def __init__(self, size: int = 8192) -> None:
+    def __init__(self, size: int = 4096) -> None:
         self._values = np.zeros(size)
         self._count = 0
         self.largest = 0.0
