@@ -10,7 +10,9 @@ import mmap
 import os
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import cast
 
@@ -135,7 +137,7 @@ class Pool:
         """New files have `size` bytes; files larger than `keep` bytes are not worth keeping."""
         self._directory, self._suffix, self._size, self._keep = directory, suffix, size, max(size, keep)
         self._free: deque[Segment] = deque()
-        self._number = 0
+        self._numbers = count(1)
 
     def take(self, name: str) -> Segment:
         """An empty segment of this name. Raises NoSpace."""
@@ -153,16 +155,17 @@ class Pool:
         if segment.size > self._keep or (len(self._free) >= 2 and spare > self._keep):
             segment.unlink()
             return
-        self._number += 1
-        segment.rename(f"free-{self._number}{self._suffix}")
+        segment.rename(f"free-{next(self._numbers)}{self._suffix}")
         segment.settle()
         self._free.append(segment)
 
     def drain(self) -> bool:
         """Give the space back to the file system; whether there was any."""
-        drained = bool(self._free)
-        while self._free:
-            self._free.popleft().unlink()
+        drained = False
+        with suppress(IndexError):  # another thread may take the last one
+            while True:
+                self._free.popleft().unlink()
+                drained = True
         return drained
 
     def close(self) -> None:
