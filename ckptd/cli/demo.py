@@ -71,21 +71,24 @@ def demo(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started is ended
     directory = Path(tempfile.mkdtemp(prefix="ckptd-demo-"))
     replicas = _place(size, level, directory)
-    pair, finished = Pair(setting, directory, replicas, random.Random(seed)), False
+    pair = Pair(setting, directory, replicas, random.Random(seed))
     try:
         report = _play(pair, seconds)
-        finished = report["ok"]
+        keep = keep or not report["ok"]
+    except Exception:  # what failed can be looked at; what was interrupted need not
+        keep = True
+        raise
     finally:
         pair.close()
-        if keep or not finished:
+        if keep:
             print(f"ckptd demo: files and logs are in {directory} and {replicas}", file=sys.stderr)
         else:
             pair.remove()
     emit(report, as_json, _shown)
-    if not finished:
+    if not report["ok"]:
         for child in (pair.primary, pair.secondary):
             print(f"--- the end of {child.log}\n{child.tail()}", file=sys.stderr)
-    return 0 if finished else 1
+    return 0 if report["ok"] else 1
 
 
 class Report(TypedDict):
