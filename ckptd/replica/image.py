@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ckptd.errors import JournalError
 from ckptd.memory.batch import RAW, ZERO
 from ckptd.memory.dirtyset import Gfns
 from ckptd.memory.hashing import Rows
@@ -30,7 +29,7 @@ class Image:
     """The mapped files. `rows` are writable arrays (pages, 4096), one for each region."""
 
     def __init__(self, directory: Path, geometry: Geometry, *, create: bool) -> None:
-        """Create the files, all zeros, or map existing ones. Raises NoSpace (leaving nothing) and JournalError."""
+        """Create the files, all zeros, or map existing ones. Raises NoSpace, leaving nothing, and ReplicaError."""
         self.geometry = geometry
         self.paths = [directory / name for name in image_names(geometry)]
         self.fds: list[int] = []
@@ -44,15 +43,26 @@ class Image:
                 self.fds.append(fd)
                 if create:
                     allocate(fd, 0, region.size_bytes, path)
-                elif os.fstat(fd).st_size != region.size_bytes:
-                    raise JournalError("an image file has the wrong size", region=region.name, file=path)
-                self._maps.append(map_file(fd, region.size_bytes, populate=False))
+                with saying("map an image file", path):
+                    self._maps.append(map_file(fd, region.size_bytes, populate=False))
                 self.rows.append(np.frombuffer(self._maps[-1], dtype=np.uint8).reshape(-1, PAGE_SIZE))
         except BaseException:
             self.close()
             if create:
                 self.unlink()
             raise
+
+    @staticmethod
+    def missing(directory: Path, geometry: Geometry) -> str:
+        """What of the image's files is not there, in words; empty if all are. Raises OSError if nobody can tell."""
+        for region, name in zip(geometry, image_names(geometry), strict=True):
+            try:
+                size = (directory / name).stat().st_size
+            except FileNotFoundError:
+                return f"{name} is missing"
+            if size != region.size_bytes:
+                return f"{name} has {size} bytes, not {region.size_bytes}"
+        return ""
 
     def scatter(self, pages: Pages, payload: memoryview) -> None:
         """Put the pages of a frame where they belong."""

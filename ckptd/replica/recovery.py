@@ -14,11 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckptd.errors import CkptdError, Inconsistent, JournalError
+from ckptd.errors import Inconsistent, JournalError
 from ckptd.memory.digest import HashTable
 from ckptd.memory.hashing import PageHasher
 from ckptd.memory.regions import Geometry
 from ckptd.protocol.chain import next_chain
+from ckptd.replica.files import saying
 from ckptd.replica.image import Image
 from ckptd.replica.journal import Journal
 from ckptd.replica.meta import Meta
@@ -44,11 +45,11 @@ def recover(directory: Path, meta: Meta, journal: Journal, boot: str, hook: Call
     geometry = meta.geometry
     assert geometry is not None
     newest = max(journal.newest, meta.epoch)
-    try:
-        image = Image(directory, geometry, create=False)
-    except CkptdError as error:
-        image = Image(directory, geometry, create=True)
-        meta = _lost(meta, newest, f"the image cannot be read: {error}") if meta.holding != "partial" else meta
+    with saying("look for the image", directory):
+        missing = Image.missing(directory, geometry)
+    image = Image(directory, geometry, create=bool(missing))  # a passing error, EMFILE say, must not cost the image
+    if missing and meta.holding != "partial":
+        meta = _lost(meta, newest, f"the image is not all there: {missing}")
     table = HashTable(geometry, PageHasher(meta.seed))
     same_boot = meta.boot == boot
     meta = replace(meta, boot=boot)

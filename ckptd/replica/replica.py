@@ -74,16 +74,20 @@ class Replica:
         with saying("make the replica's directory", directory):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = Lock(directory / "lock")
+        to_close: list[MetaFile | Journal | Lock] = [lock]
         try:
             meta = MetaFile.open(directory / "meta", Meta("empty", guest, boot_id()))
+            to_close.append(meta)
             if meta.meta.guest != guest:
                 raise StateError(f"the replica is of guest {meta.meta.guest!r}, not of {guest!r}", file=directory)
             journal = Journal(directory, history, history_bytes, reserve)
+            to_close.append(journal)
             journal.load()
             self = cls(directory, lock, meta, journal, max_memory)
             self._recover()
         except BaseException:
-            lock.close()
+            for one in reversed(to_close):
+                one.close()
             raise
         return self
 

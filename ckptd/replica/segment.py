@@ -122,7 +122,8 @@ class Segment:
 
     def _remap(self, *, populate: bool = True) -> None:
         """A new mapping of the whole file. Views of the old one stay valid: both show the same pages."""
-        self._map = map_file(self._fd, self.size, populate=populate)
+        with saying("map a segment", self.path):
+            self._map = map_file(self._fd, self.size, populate=populate)
         self.view = memoryview(self._map)
 
 

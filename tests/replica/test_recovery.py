@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ckptd.errors import Inconsistent
+from ckptd.errors import Inconsistent, ReplicaError
 from ckptd.replica.history import restore, verify_history
 from ckptd.replica.meta import Meta, MetaFile
 from ckptd.replica.replica import Replica
@@ -324,8 +326,26 @@ def test_an_image_file_that_is_not_there_is_made_anew(tmp_path: Path, damage: st
         (tmp_path / "image-rom").unlink()
     else:
         os.truncate(tmp_path / "image-rom", 4096)
-    replica = refuses(tmp_path, "the image cannot be read")
+    replica = refuses(tmp_path, "the image is not all there: image-rom")
     resynchronised(replica, guest)
+
+
+def test_a_passing_error_does_not_cost_the_image(tmp_path: Path) -> None:
+    """No descriptors left: opening fails, and the next opener finds everything."""
+    replica, guest = open_replica(tmp_path), Guest()
+    guest.make(replica)
+    guest.go(replica, 3)
+    replica.close()
+
+    def work(hook: Callable[[str], None]) -> None:
+        held = len(os.listdir("/proc/self/fd"))
+        for more in range(1, 12):  # fails later each time
+            resource.setrlimit(resource.RLIMIT_NOFILE, (held + more, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            with suppress(ReplicaError, OSError):
+                open_replica(tmp_path)
+
+    assert not dies_at("never", 1, work)
+    holds(open_replica(tmp_path), guest, 3)
 
 
 def resynchronised(replica: Replica, guest: Guest) -> None:
@@ -472,8 +492,6 @@ def test_a_page_that_reached_the_disk_without_its_segment_is_noticed(tmp_path: P
 
 
 def test_a_failing_disk_is_never_asked_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptd.errors import ReplicaError
-
     replica, guest = open_replica(tmp_path), Guest()
     guest.make(replica)
     guest.go(replica, 2, level="memory")
