@@ -38,7 +38,8 @@ __all__ = [
 class CkptdError(Exception):
     """Any failure that ckptd reports.
 
-    `message` says what happened; `hint` says what to do; the keyword fields say where (epoch, term, region, gfn, field).
+    `message` says what happened; `hint` says what to do; the keyword fields say where (epoch, term, region, gfn,
+    field).
     """
 
     exit_code = 1

@@ -1,1 +1,3 @@
-"""Every figure that the documents claim, measured here: real daemons, real sockets, the limit or the peer in the same run."""
+"""Every figure that the documents claim, measured here: real daemons, real sockets, the limit or the peer in the same
+run.
+"""

@@ -1,8 +1,8 @@
 """`ckptd bench epoch`: steady protection of a guest that dirties scattered pages, both daemons real, over loopback TCP.
 
-The guest is the simulated one, in its own process, at a rate that dirties about `pages` distinct pages in each interval. Pause is
-from the request to pause until the guest was told to go on; commit is from that request to the acknowledgement's arrival. CPU is user
-and system time of both daemons, without the guest's process.
+The guest is the simulated one, in its own process, at a rate that dirties about `pages` distinct pages in each
+interval. Pause is from the request to pause until the guest was told to go on; commit is from that request to the
+acknowledgement's arrival. CPU is user and system time of both daemons, without the guest's process.
 """
 
 from __future__ import annotations
@@ -68,12 +68,14 @@ def bench_epoch(
         say(f"{size >> 20} MiB for the pause")
         run = _Run(size, rate, settings).measure(min(seconds, 10.0))
         growth.append({
-            "memory_bytes": size, "pause_ms_p50": run["pause_ms_p50"], "dirty_pages_per_epoch": run["dirty_pages_per_epoch"],
+            "memory_bytes": size, "pause_ms_p50": run["pause_ms_p50"],
+            "dirty_pages_per_epoch": run["dirty_pages_per_epoch"],
             "tracker_scan_ms": round(_scan_ms(size), 4),
         })  # fmt: skip
     limits = {"pause_ms_p50": 1.5, "commit_ms_p50": 5.0, "commit_ms_p99": 15.0, "cpu_us_per_dirty_page": 5.0}
     return {
-        "bench": "epoch", **steady, "limits": limits, "met": {key: steady[key] <= limit for key, limit in limits.items()},
+        "bench": "epoch", **steady, "limits": limits,
+        "met": {key: steady[key] <= limit for key, limit in limits.items()},
         "pause_by_size": growth, "memory_bytes": memory_bytes, "interval_ms": interval_ms, "level": level,
         "encoding": encoding, "tracker": tracker,
         "conditions": {**conditions(), "workload": "uniform", "history": 100, "transport": "loopback TCP"},
@@ -128,7 +130,7 @@ class _Run:
         time.sleep(seconds)
         after, took = primary.status(), time.monotonic() - began
         cpu_seconds = _cpu(processes) - cpu
-        epochs, dirty = after["epochs_committed"] - before["epochs_committed"], after["dirty_pages"] - before["dirty_pages"]
+        epochs, dirty = (after[key] - before[key] for key in ("epochs_committed", "dirty_pages"))
         pause, commit = after["pause_ms"], after["commit_ms"]
         return {
             "pause_ms_p50": pause["p50"], "pause_ms_p99": pause["p99"], "commit_ms_p50": commit["p50"],

@@ -1,8 +1,8 @@
 """`ckptd bench link`: the first image of a guest, beside a plain sender and receiver of the same bytes.
 
-Two processes over loopback TCP. Ours is the real primary daemon with a guest that stands still, and the real secondary daemon; the plain pair
-sends from the same memory and receives into the same kind of mapped image file, with the same batch size and socket options, and
-hashes nothing. Rounds alternate, so that both see the same noise.
+Two processes over loopback TCP. Ours is the real primary daemon with a guest that stands still, and the real secondary
+daemon; the plain pair sends from the same memory and receives into the same kind of mapped image file, with the same
+batch size and socket options, and hashes nothing. Rounds alternate, so that both see the same noise.
 """
 
 from __future__ import annotations

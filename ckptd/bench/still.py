@@ -1,4 +1,7 @@
-"""A guest that stands still: memory of the bench's own, nothing dirty, nothing said. For measuring the first image alone."""
+"""A guest that stands still: memory of the bench's own, nothing dirty, nothing said.
+
+For measuring the first image alone.
+"""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def bench(
         from ckptd.bench.epoch import bench_epoch
 
         results.append(bench_epoch(
-            memory_bytes=parse_size(memory or "1GiB"), pages=pages, seconds=seconds, interval_ms=interval, tracker=tracker,
-            level=level, encoding=encoding, sizes=(256 << 20, 4 << 30) if sizes else (), say=_say,
+            memory_bytes=parse_size(memory or "1GiB"), pages=pages, seconds=seconds, interval_ms=interval,
+            tracker=tracker, level=level, encoding=encoding, sizes=(256 << 20, 4 << 30) if sizes else (), say=_say,
         ))  # fmt: skip
     emit(results[0] if what != "all" else {"results": results}, as_json, lambda _: _table(results))
 
@@ -78,7 +78,8 @@ def _table(results: list[dict[str, Any]]) -> Any:
     table = Table("bench", "figure", "measured", "limit", title="on this machine, now")
     for result in results:
         if result["bench"] == "link":
-            table.add_row("link", f"first image of {format_size(result['memory_bytes'])}", f"{result['first_image_gbps']} GB/s", "")
+            label = f"first image of {format_size(result['memory_bytes'])}"
+            table.add_row("link", label, f"{result['first_image_gbps']} GB/s", "")
             table.add_row("", "plain TCP pair", f"{result['raw_loopback_gbps']} GB/s", "")
             table.add_row("", "ratio", f"{result['first_image_ratio']}", f"at least {result['target_ratio']}")
             continue

@@ -3,8 +3,8 @@
     GET  /v1/status          and the other questions
     POST /v1/checkpoint      and the other wishes; parameters as a JSON object
 
-Errors are {"error", "message", "hint", "where", "exit_code"} with status 400 (parameters), 409 (this state does not allow it) or 500.
-The socket is only for its owner (mode 0600).
+Errors are {"error", "message", "hint", "where", "exit_code"} with status 400 (parameters), 409 (this state does not
+allow it) or 500. The socket is only for its owner (mode 0600).
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from ckptd.errors import CkptdError, ConfigError, Fenced, Inconsistent, StateErr
 __all__ = ["ControlServer", "Handler"]
 
 Handler = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
-"""Gets the parameters, returns the answer; CkptdErrors become error answers, KeyError and TypeError mean wrong parameters."""
+"""Gets the parameters, returns the answer; CkptdErrors become error answers, KeyError and TypeError mean wrong
+parameters.
+"""
 
 _MAX_BODY = 64 << 10
 
@@ -75,8 +77,8 @@ def _answer(handler: Handler) -> Callable[[web.Request], Awaitable[web.Response]
             status = 409 if isinstance(error, StateError | Inconsistent | Fenced) else 500
             return web.json_response({**error.as_dict(), "exit_code": error.exit_code}, status=status)
         except (KeyError, TypeError, ValueError) as error:
-            body: dict[str, Any] = {"error": "BadRequest", "message": f"wrong parameters: {error!r}", "hint": None, "where": {}, "exit_code": 2}
-            return web.json_response(body, status=400)
+            body = CkptdError(f"wrong parameters: {error!r}").as_dict()
+            return web.json_response({**body, "error": "BadRequest", "exit_code": 2}, status=400)
 
     return respond
 

@@ -1,7 +1,7 @@
 """One TCP connection between the daemons, driving one protocol machine.
 
-Sends lists of buffers with sendmsg and receives into the buffers that the machine names, so page bytes cross this module
-without a copy of ours. Knows frames only as bytes.
+Sends lists of buffers with sendmsg and receives into the buffers that the machine names, so page bytes cross this
+module without a copy of ours. Knows frames only as bytes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class Link:
     # --- out
 
     def send(self, buffers: Buffers) -> None:
-        """Queue buffers and send what the socket takes now. They must stay unchanged until `queued` is below what it is now."""
+        """Queue buffers and send what the socket takes now.
+
+        They must stay unchanged until `queued` is below what it is now.
+        """
         if self.error is not None:
             return
         for buffer in buffers:
@@ -184,8 +187,12 @@ class Link:
     def _tick(self) -> None:
         if self.error is not None:
             return
+        if not self._held:
+            self._guarded(self._receive)  # what waits in the socket counts, however late this loop is
+            if self.error is not None:
+                return
         try:
-            self.send(self.machine.tick(time.monotonic_ns()))
+            self.send(self.machine.tick(time.monotonic_ns(), listening=not self._held))
         except TransportError as error:
             self.end(error)
         else:
@@ -236,14 +243,16 @@ async def connect(host: str, port: int, *, buffer_bytes: int, timeout_ns: int) -
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise TransportError(f"{host} has no address: {error.strerror or error}", hint="check secondary.address") from error
+        raise TransportError(
+            f"{host} has no address: {error.strerror or error}", hint="check secondary.address"
+        ) from error
     last: OSError | None = None
     for family, kind, proto, _, address in found:
         sock = socket.socket(family, kind, proto)
         try:
             tune(sock, buffer_bytes)
             await asyncio.wait_for(loop.sock_connect(sock, address), timeout_ns / 1e9)
-        except (OSError, asyncio.TimeoutError) as error:
+        except (TimeoutError, OSError) as error:
             sock.close()
             last = error if isinstance(error, OSError) else TimeoutError("timed out")
         else:

@@ -1,9 +1,10 @@
-"""When the next epoch ends: at a fixed interval, or as often as the link and the guest allow. Pure: the clock is passed in.
+"""When the next epoch ends: at a fixed interval, or as often as the link and the guest allow. Pure: the clock is passed
+in.
 
-Deadlines are absolute, so one slow epoch does not shift all that follow; deadlines that were missed are skipped, not made up for.
-The adaptive interval aims at `target_lag`, the time from a store in the guest to its acknowledgement: interval + commit time. It grows
-quickly when the lag is above the target or the link pushes back, and shrinks slowly when it is below (additive decrease,
-multiplicative increase), within min and max.
+Deadlines are absolute, so one slow epoch does not shift all that follow; deadlines that were missed are skipped, not
+made up for. The adaptive interval aims at `target_lag`, the time from a store in the guest to its acknowledgement:
+interval + commit time. It grows quickly when the lag is above the target or the link pushes back, and shrinks slowly
+when it is below (additive decrease, multiplicative increase), within min and max.
 """
 
 from __future__ import annotations

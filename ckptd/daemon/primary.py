@@ -2,8 +2,9 @@
 
     connect -> handshake -> (table) -> resync -> epochs -> link lost -> back off -> connect ...
 
-The epochs themselves are the shipper's; what the operator asks for between them is in requests.py. This module decides when: pacing,
-window, reconnecting, and the condition that the operator sees. Invariant: the gate releases what an acknowledged epoch has marked, nothing else (P1).
+The epochs themselves are the shipper's; what the operator asks for between them is in requests.py. This module decides
+when: pacing, window, reconnecting, and the condition that the operator sees. Invariant: the gate releases what an
+acknowledged epoch has marked, nothing else (P1).
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ from ckptd.memory.digest import HashTable
 from ckptd.protocol.messages import Welcome
 from ckptd.protocol.peer import Event, PeerClosed, Timing
 from ckptd.protocol.primary import (
-    Acknowledged, PrimaryMachine, PromotedThere, TablePart, VerifiedThere, Welcomed,
+    Acknowledged,
+    PrimaryMachine,
+    PromotedThere,
+    TablePart,
+    VerifiedThere,
+    Welcomed,
 )  # fmt: skip
 
 __all__ = ["PrimaryDaemon"]
@@ -199,7 +205,7 @@ class PrimaryDaemon:
             await self._table[1]
             self._table = None
             if theirs.digest != welcome.digest:
-                raise DigestMismatch("the table that the secondary stated is not that of its digest", epoch=welcome.epoch)
+                raise DigestMismatch("the secondary's table is not that of its digest", epoch=welcome.epoch)
             shipper.adopt(theirs, continuous=False)
         assert shipper.table is not None
         machine.begin(shipper.table.hasher.zero)
@@ -364,15 +370,19 @@ class PrimaryDaemon:
         return {
             "role": "primary", "guest": self.guest.name, "kind": self.guest.kind, **self.condition.as_dict(),
             "term": self.term, "epoch": self.acknowledged_epoch, "acknowledged_at": self.acknowledged_at,
-            "in_flight": len(shipper.flights), "sending": bool(link and link.queued), "interval_ms": self.pacer.interval / 1e6,
-            "memory_bytes": self.guest.geometry.size_bytes, "vcpus": self.guest.vcpus, "tracker": self.guest.tracker.name,
+            "in_flight": len(shipper.flights), "sending": bool(link and link.queued),
+            "interval_ms": self.pacer.interval / 1e6,
+            "memory_bytes": self.guest.geometry.size_bytes, "vcpus": self.guest.vcpus,
+            "tracker": self.guest.tracker.name,
             "secondary": self.config.secondary.address, "connections": self._connections,
             "wire_bytes": self._earlier_bytes[0] + (link.sent_bytes if link else 0),
             "epochs_committed": counters.epochs_committed, "epochs_rolled_back": counters.epochs_rolled_back,
             "dirty_pages": counters.dirty_pages, "unchanged_pages": counters.unchanged_pages,
             "zero_pages": counters.zero_pages, "delta_pages": counters.delta_pages, "raw_bytes": counters.raw_bytes,
-            "rescans": counters.rescans, "resync_ms": round(self.resync_ms, 3), "pause_ms": shipper.pause_ms.summary(), "commit_ms": shipper.commit_ms.summary(),
-            "outputs_written": gate.written, "outputs_released": gate.released, "outputs_held": gate.written - gate.released,
+            "rescans": counters.rescans, "resync_ms": round(self.resync_ms, 3),
+            "pause_ms": shipper.pause_ms.summary(), "commit_ms": shipper.commit_ms.summary(),
+            "outputs_written": gate.written, "outputs_released": gate.released,
+            "outputs_held": gate.written - gate.released,
             "gate_full": gate.full, "digest": shipper.table.digest.hex() if shipper.table else None,
             "progress": dict(shipper.progress) if self.condition.word == "resyncing" else None,
             "guest_facts": self.guest.facts(), "pid": os.getpid(),

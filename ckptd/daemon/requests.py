@@ -75,7 +75,9 @@ async def _verify(daemon: PrimaryDaemon, link: Link, machine: PrimaryMachine) ->
 
 
 async def _switchover(daemon: PrimaryDaemon, link: Link, machine: PrimaryMachine) -> dict[str, Any]:
-    """Planned promotion: the last epoch with the guest paused for good, both digests equal, then the other side goes on."""
+    """Planned promotion: the last epoch with the guest paused for good, both digests equal, then the other side goes
+    on.
+    """
     flight = await daemon.ship(link, machine, final=True)
     try:
         await daemon.wait_acknowledged(flight.epoch, link)
@@ -92,12 +94,14 @@ async def _switchover(daemon: PrimaryDaemon, link: Link, machine: PrimaryMachine
     except CkptdError as error:
         raise Fenced(
             f"the link broke during the handover ({error}): the secondary may run the guest",
-            hint="look at `ckptd status` there; promote it there, or end it there and restart this daemon", epoch=flight.epoch,
+            hint="look at `ckptd status` there; promote it there, or end it there and restart this daemon",
+            epoch=flight.epoch,
         ) from error  # fmt: skip
     daemon.handed_over = True
     daemon.condition.become("promoted", f"the guest runs on the secondary in term {there.term}")
     return {
-        "epoch": flight.epoch, "term": there.term, "digest": there.digest.hex(), "digest_equal": there.digest.hex() == _digest(daemon),
+        "epoch": flight.epoch, "term": there.term, "digest": there.digest.hex(),
+        "digest_equal": there.digest.hex() == _digest(daemon),
         "downtime_ms": round((time.monotonic_ns() - flight.began) / 1e6, 3), "iterations": flight.iterations,
         "pages": flight.pages,
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """The secondary daemon: one listener, one replica for each configured guest, at most one primary for each.
 
-    connection -> HELLO -> refuse, or welcome -> epochs: commit, acknowledge, apply -> connection lost -> the image stays at its epoch
+    connection -> HELLO -> refuse, or welcome -> epochs: commit, acknowledge, apply -> connection lost -> the image
+    stays at its epoch
 
 Sessions are in session.py; this module has what outlives them: the replicas, promotion, and what an operator asks.
 """
@@ -55,8 +56,10 @@ class Protected:
             "guest": self.entry.name, "kind": replica.kind or self.entry.kind, **self.condition.as_dict(),
             "holding": replica.holding, "inconsistent": replica.reason or None, "epoch": replica.epoch,
             "term": replica.term, "digest": replica.digest.hex(), "committed_at": self.committed_at,
-            "memory_bytes": replica.geometry.size_bytes if replica.geometry else 0, "primary": session.address if session else None,
-            "receiving_epoch": session.receiving if session else 0, "pages_received": session.pages_received if session else 0,
+            "memory_bytes": replica.geometry.size_bytes if replica.geometry else 0,
+            "primary": session.address if session else None,
+            "receiving_epoch": session.receiving if session else 0,
+            "pages_received": session.pages_received if session else 0,
             "bytes_received": session.bytes_received if session else 0, "outputs_mark": replica.mark,
             "standby": self.standby.facts(),
         }  # fmt: skip

@@ -35,7 +35,10 @@ async def serve(
     start: Callable[[], Awaitable[None]],
     stop: Callable[[], Awaitable[None]],
 ) -> None:
-    """Run a daemon until it ends or SIGTERM or SIGINT stops it; SIGHUP reloads. `start` and `stop` are its control socket's."""
+    """Run a daemon until it ends or SIGTERM or SIGINT stops it; SIGHUP reloads.
+
+    `start` and `stop` are its control socket's.
+    """
     loop = asyncio.get_running_loop()
     log = structlog.get_logger()
     current = loaded.config

@@ -1,4 +1,6 @@
-"""One connection of a primary to the secondary daemon: the handshake's decision, then epochs made permanent one after another."""
+"""One connection of a primary to the secondary daemon: the handshake's decision, then epochs made permanent one after
+another.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from ckptd.memory.digest import HashTable
 from ckptd.memory.regions import Geometry, Region
 from ckptd.protocol.peer import Event, PeerClosed, Timing
 from ckptd.protocol.secondary import (
-    EpochReady, HandoverReady, HelloReceived, SecondaryMachine, SecondaryState, TableWanted, VerifyWanted,
+    EpochReady,
+    HandoverReady,
+    HelloReceived,
+    SecondaryMachine,
+    SecondaryState,
+    TableWanted,
+    VerifyWanted,
 )  # fmt: skip
 from ckptd.replica.replica import Replica
 
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Session"]
 
 _TABLE_QUEUE = 8 << 20
+_INLINE_PAGES = 4096  # applied in a few ms; a thread would cost more in hand-overs than it saves
 
 
 class Session:
@@ -173,13 +182,16 @@ class Session:
         geometry = Geometry(tuple(Region(name, pages) for name, pages in hello.regions))
         replica = guest.replica
         if hello.kind != guest.entry.kind:
-            return "other_guest", f"guest {hello.guest} is of kind {hello.kind!r} there and {guest.entry.kind!r} here", guest
+            text = f"guest {hello.guest} is of kind {hello.kind!r} there and {guest.entry.kind!r} here"
+            return "other_guest", text, guest
         if replica.holding == "promoted":
-            return "promoted", f"guest {hello.guest} was promoted here at epoch {replica.epoch}, term {replica.term}", guest
+            text = f"guest {hello.guest} was promoted here at epoch {replica.epoch}, term {replica.term}"
+            return "promoted", text, guest
         if term < replica.term:
             return "stale_term", f"term {term} is over: the replica has seen term {replica.term}", guest
         if guest.session is not None:
-            self._log.info("a new connection of the primary replaces the old one", guest=hello.guest, old=guest.session.address)
+            old = guest.session.address
+            self._log.info("a new connection of the primary replaces the old one", guest=hello.guest, old=old)
             await guest.session.leave("replaced by a new connection")
         async with guest.busy:
             return await self._fit(guest, replica, event, geometry)
@@ -191,9 +203,8 @@ class Session:
         if replica.holding != "empty" and (replica.run != hello.run or replica.geometry != geometry):
             if replica.holding == "committed" and not hello.replace:
                 if replica.geometry != geometry:
-                    return (
-                        "other_guest", f"guest {hello.guest} has memory {geometry} there; the replica has {replica.geometry}", guest
-                    )  # fmt: skip
+                    text = f"guest {hello.guest} has memory {geometry} there; the replica has {replica.geometry}"
+                    return "other_guest", text, guest
                 return (
                     "other_run",
                     f"the replica holds epoch {replica.epoch} of another run of guest {hello.guest}"
@@ -223,26 +234,27 @@ class Session:
     # --- epochs
 
     def _commit(self, event: EpochReady) -> None:
-        if event.level == "durable":
-            self._later(self._commit_durably(event))
+        """The acknowledgement leaves before the image is touched: the primary need not wait for that."""
+        if event.level == "durable" or event.pages > _INLINE_PAGES:
+            self._later(self._commit_aside(event))
             return
         self._permanent(event)
         self._acknowledge(event)
+        self._replica.apply()
 
-    async def _commit_durably(self, event: EpochReady) -> None:
+    async def _commit_aside(self, event: EpochReady) -> None:
+        """The same, with what takes long in a thread, so that heartbeats go out meanwhile."""
         await asyncio.to_thread(self._permanent, event)
         self._acknowledge(event)
+        await asyncio.to_thread(self._replica.apply)
 
     def _permanent(self, event: EpochReady) -> None:
         self._replica.commit(event.epoch, event.term, event.chain, event.digest, event.level)
 
     def _acknowledge(self, event: EpochReady) -> None:
-        """The acknowledgement leaves before the image is touched: the primary need not wait for that."""
-        guest = self._guest
-        assert guest is not None
+        assert self._guest is not None
         self._link.send(self._machine.acknowledge(event.level))
-        self._replica.apply()
-        guest.committed_at = time.time()
+        self._guest.committed_at = time.time()
 
     async def _send_table(self) -> None:
         for frame in self._machine.table_frames():

@@ -1,8 +1,9 @@
 """Capture and ship: from a guest's dirty pages to frames of an epoch, and back into the dirty set when shipping failed.
 
-Holds the table of page hashes as shipped (so also what is in flight), the pages that still have to be shipped (`pending`), and
-a record of every epoch in flight. Invariant: table, with the flights undone, is the table of the last acknowledged epoch; every page that
-differs from the table is in the tracker, in `pending`, or in a flight. Knows no socket, address or configuration.
+Holds the table of page hashes as shipped (so also what is in flight), the pages that still have to be shipped
+(`pending`), and a record of every epoch in flight. Invariant: table, with the flights undone, is the table of the last
+acknowledged epoch; every page that differs from the table is in the tracker, in `pending`, or in a flight. Knows no
+socket, address or configuration.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class Counters:
 class Shipper:
     """The primary's memory side. One epoch at a time, several in flight."""
 
-    def __init__(self, guest: Guest, *, stage_bytes: int, batch_bytes: int, encoding: Encoding, cache_bytes: int) -> None:
+    def __init__(
+        self, guest: Guest, *, stage_bytes: int, batch_bytes: int, encoding: Encoding, cache_bytes: int
+    ) -> None:
         self.guest = guest
         self.geometry = guest.geometry
         self.table: HashTable | None = None
@@ -245,7 +248,10 @@ class Shipper:
         return flight
 
     def check_memory(self) -> None:
-        """While paused, right after an epoch: hash all of memory and compare with the table. Raises DigestMismatch with region and gfn."""
+        """While paused, right after an epoch: hash all of memory and compare with the table.
+
+        Raises DigestMismatch with region and gfn.
+        """
         twin = self._known.copy()
         differing = twin.rehash(self.guest.memory)
         for region, gfns in enumerate(differing.gfns):
@@ -298,14 +304,17 @@ class Shipper:
         flight.changes.append((region, gfns, old))
         for part in self._frames(gfns, kinds, scan):
             where = changed[part]
-            payload = self._payload(region, gfns[part], rows, where, hashes[part], old[part], kinds[part], machine, flight, iteration)
+            payload = self._payload(
+                region, gfns[part], rows, where, hashes[part], old[part], kinds[part], machine, flight, iteration
+            )
             link.send(machine.pages(region, gfns[part], hashes[part], kinds[part], iteration, payload))
             counters.payload_bytes += sum(memoryview(one).nbytes for one in payload)
         flight.pages += len(gfns)
         counters.zero_pages += int(np.count_nonzero(zero))
 
     def _frames(self, gfns: Gfns, kinds: Kinds, scan: bool) -> Iterator[slice]:
-        """One frame for all, or in a scan one for each long run, which the receiver can take straight into its image."""
+        """One frame for all, or in a scan one for each long run, which the receiver can take straight into its image.
+        """
         lengths = runs_of(gfns)[1].tolist() if scan and kinds.all() else []
         if not 1 < len(lengths) <= _MAX_FRAMES:
             lengths = [len(gfns)]
@@ -335,7 +344,8 @@ class Shipper:
         raw = where[kinds == RAW]
         starts, lengths = runs_of(raw)
         if len(starts) <= _MAX_SLICES:
-            payload: Buffers = [rows[a : a + n].reshape(-1).data for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+            runs = zip(starts.tolist(), lengths.tolist(), strict=True)
+            payload: Buffers = [rows[start : start + length].reshape(-1).data for start, length in runs]
         else:
             payload = [rows[raw].reshape(-1).data]
         return [*payload, block] if block else payload

@@ -53,6 +53,7 @@ class Setting:
     interval_ms: int = 25
     encoding: str = "raw"
     output_every: int = 16
+    stage_mib: int = 64
 
 
 @dataclass(slots=True)
@@ -135,7 +136,10 @@ class Pair:
     # --- what is done to it
 
     def kill_primary(self, *, host: bool = True, tries: int = _TRIES) -> Killed:
-        """SIGKILL the primary while an epoch is on its way, if one can be met; with its host its guest dies, too."""
+        """SIGKILL the primary while an epoch is on its way, if one can be met; with its host its guest dies, too.
+
+        With `tries=0` it dies at whatever moment this is called.
+        """
         self.last = self.primary.status()
         receiving = self._freeze_within_an_epoch(tries)
         self.primary.kill()
@@ -264,7 +268,10 @@ class Pair:
                 "output": str(self._here / "output"),
             },
             "secondary": {"address": address},
-            "checkpoint": {"interval": f"{one.interval_ms}ms", "level": one.level, "encoding": one.encoding},
+            "checkpoint": {
+                "interval": f"{one.interval_ms}ms", "level": one.level, "encoding": one.encoding,
+                "stage": f"{one.stage_mib}MiB", "delta_cache": f"{one.stage_mib}MiB",
+            },
             "runtime": {"dir": str(self._here)},
         }))  # fmt: skip
         self._files[1].write_text(_toml({

@@ -94,9 +94,14 @@ class Peer(ABC):
         if self._reader.in_frame:
             raise CorruptFrame("the stream ends in the middle of a frame", term=self.term)
 
-    def tick(self, now: int) -> Buffers:
-        """A heartbeat, if one is due. Raises TransportError when the peer has been silent for too long."""
+    def tick(self, now: int, *, listening: bool = True) -> Buffers:
+        """A heartbeat, if one is due. Raises TransportError when the peer has been silent for too long.
+
+        `listening` is False while the daemon reads nothing on purpose: silence proves nothing then.
+        """
         self._now = now
+        if not listening:
+            self._heard = now
         if self.state in self.BUSY:
             self._heard = now
         if self.state is not self._first and not self._talking:  # after the last word
