@@ -28,7 +28,7 @@ from ckptd.errors import (
 )  # fmt: skip
 from ckptd.protocol.messages import Bye, Heartbeat, Message, Nack, clip, encode
 from ckptd.protocol.reader import FrameReader
-from ckptd.protocol.wire import VERSION, Buffer, Header, Type, pack_frame
+from ckptd.protocol.wire import OLDEST_VERSION, Buffer, Header, Type, pack_frame
 
 __all__ = ["Buffers", "Event", "Peer", "PeerClosed", "Timing", "check_crc"]
 
@@ -71,7 +71,7 @@ class Peer(ABC):
         self._reader = reader
         self.state = self._first = state
         self.term = 0
-        self.version = VERSION
+        self.version = OLDEST_VERSION  # until WELCOME settles it: an older peer must be able to read what comes before
         self._timing = timing
         self._now = self._sent = self._heard = now
         self._sequence = 0

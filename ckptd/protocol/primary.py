@@ -23,6 +23,7 @@ from ckptd.memory.hashing import HASH_SIZE, Hashes
 from ckptd.memory.regions import Geometry
 from ckptd.protocol.chain import next_chain
 from ckptd.protocol.messages import (
+    LEVELS,
     Ack,
     Commit,
     Handover,
@@ -92,7 +93,7 @@ class PromotedThere(Event):
 class _Flight:
     epoch: int
     digest: bytes
-    chain: bytes
+    level: str
 
 
 class PrimaryState(Enum):
@@ -162,8 +163,6 @@ class PrimaryMachine(Peer):
         self._step("hello")
         self.term = term
         regions = [[region.name, region.pages] for region in self._geometry]
-        # HELLO keeps the oldest version's number so that an older peer can read it; WELCOME settles the version.
-        self.version = OLDEST_VERSION
         return self._send(
             Hello(OLDEST_VERSION, VERSION, f"ckptd {__version__}", guest, kind, run, regions, seed, level, replace), 0
         )
@@ -210,7 +209,7 @@ class PrimaryMachine(Peer):
         self._step("commit final" if final else "commit")
         self.epoch += 1
         self.chain = next_chain(self.chain, self.epoch, self.term, digest, self._state_crc, self._output_crc)
-        self._flights.append(_Flight(self.epoch, digest, self.chain))
+        self._flights.append(_Flight(self.epoch, digest, level))
         message = Commit(self._pages, digest, self.chain, level, final)
         self._new_epoch()
         return self._send(message, self.epoch)
@@ -310,6 +309,8 @@ class PrimaryMachine(Peer):
         if ack.digest != flight.digest:
             ours, theirs = flight.digest.hex(), ack.digest.hex()
             raise DigestMismatch(f"the secondary acknowledged digest {theirs}, ours is {ours}", epoch=header.epoch)
+        if LEVELS.index(ack.level) < LEVELS.index(flight.level):
+            raise RemoteProtocolError(f"{ack.level} is less than {flight.level}, which was asked", epoch=header.epoch)
         return Acknowledged(header.epoch, ack.level)
 
     def _new_epoch(self) -> None:

@@ -69,6 +69,15 @@ def test_an_acknowledgement_without_an_epoch_in_flight() -> None:
     refused(world, message_frame(Ack("memory", D), epoch=1, sequence=1), RemoteProtocolError, "protocol", epoch=1)
 
 
+def test_an_acknowledgement_of_less_than_was_asked() -> None:
+    world = World(GEOMETRY)
+    world.primary.save_state(b"")
+    world.primary.output(b"", 0, 0)
+    world.primary.commit(world.table.digest, "durable")
+    less = message_frame(Ack("memory", world.table.digest), epoch=1, sequence=1)
+    refused(world, less, RemoteProtocolError, "protocol", epoch=1)
+
+
 def asked() -> tuple[PrimaryMachine, Side]:
     """A primary that waits for the table."""
     world = World(GEOMETRY)

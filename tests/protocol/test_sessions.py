@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ckptd.errors import CorruptFrame, LocalProtocolError, VersionMismatch
+from ckptd.errors import CorruptFrame, LocalProtocolError, RemoteProtocolError, VersionMismatch
 from ckptd.memory.digest import HashTable
 from ckptd.memory.hashing import PageHasher
 from ckptd.memory.regions import Geometry
@@ -252,6 +252,14 @@ def version_1() -> World:
     world.here.events()
     world.primary.begin(world.hasher.zero)
     return world
+
+
+def test_what_is_said_before_the_welcome_can_be_read_by_the_older_version() -> None:
+    world = World(GEOMETRY, greet=False)
+    with pytest.raises(RemoteProtocolError) as caught:
+        world.to_secondary(message_frame(Heartbeat()))
+    (nack,) = frames(b"".join(world.secondary.nack(caught.value)))
+    assert nack.header.version == 1
 
 
 def test_a_session_of_version_1() -> None:
