@@ -91,7 +91,7 @@ class Peer(ABC):
 
     def end_of_stream(self) -> None:
         """The peer closed the stream. Raises CorruptFrame if that cut a frame."""
-        if self._reader.in_frame:
+        if self._reader.in_frame and not self._closed:
             raise CorruptFrame("the stream ends in the middle of a frame", term=self.term)
 
     def tick(self, now: int, *, listening: bool = True) -> Buffers:
@@ -104,13 +104,18 @@ class Peer(ABC):
             self._heard = now
         if self.state in self.BUSY:
             self._heard = now
-        if self.state is not self._first and not self._talking:  # after the last word
+        if self._closed:
             return []
         if now - self._heard > self._timing.timeout:
             raise TransportError(f"nothing heard from the peer for {(now - self._heard) / 1e6:.0f} ms", term=self.term)
         if not self._talking or now - self._sent < self._timing.heartbeat:
             return []
         return self._send(Heartbeat(), 0)
+
+    @property
+    def _closed(self) -> bool:
+        """The last word was said."""
+        return self.state is not self._first and not self._talking
 
     @property
     def _talking(self) -> bool:
