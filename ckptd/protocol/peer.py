@@ -100,9 +100,7 @@ class Peer(ABC):
         `listening` is False while the daemon reads nothing on purpose: silence proves nothing then.
         """
         self._now = now
-        if not listening:
-            self._heard = now
-        if self.state in self.BUSY:
+        if not listening or self.state in self.BUSY:
             self._heard = now
         if self._closed:
             return []

@@ -470,8 +470,10 @@ def test_silence_is_no_sign_while_this_side_does_not_read() -> None:
     world.to_secondary(joined(whole(world)))
     world.here.deliver(world.secondary.tick(60_000_000_000))  # a slow disk
     world.settle()
+    world.here.deliver(world.secondary.tick(62_000_000_001, listening=False))
+    world.secondary.tick(64_000_000_001)
     with pytest.raises(TransportError):
-        world.secondary.tick(62_000_000_001)
+        world.secondary.tick(64_000_000_002)
 
 
 def test_no_heartbeat_before_hello_nor_after_the_end() -> None:
