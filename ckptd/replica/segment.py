@@ -32,6 +32,8 @@ from ckptd.units import PAGE_SIZE
 __all__ = ["EpochRecord", "FrameAt", "Pool", "Segment", "read_epoch", "read_frames", "rows_of"]
 
 _STEP = 1 << 20
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of madvise(2), which the mmap module does not name
+_MOST_AHEAD = 128 << 20  # bytes that a segment grows by beyond what is asked for
 
 
 class Segment:
@@ -62,7 +64,7 @@ class Segment:
         """Room for `length` more bytes. Raises NoSpace; what is in the segment stays."""
         needed = self.used + length
         if needed > self.size:
-            self._grow_to(_round(max(needed, self.size + self.size // 4)))
+            self._grow_to(_round(max(needed, min(2 * self.size, self.size + _MOST_AHEAD))))
 
     def place(self, head: bytes, payload_length: int) -> memoryview:
         """Append header and meta; returns where the payload goes, which counts as written."""
@@ -117,10 +119,13 @@ class Segment:
             with saying("open a segment", self.path):
                 self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         allocate(self._fd, self.size, size - self.size, self.path)
-        self.size = size
-        self._remap()
+        old, self.size = self.size, size
+        self._remap(populate=not old)
+        if old and self._map is not None:
+            with suppress(OSError, ValueError):  # only a kernel before 5.14 says no; the pages then come one by one
+                self._map.madvise(_POPULATE_WRITE, old, size - old)
 
-    def _remap(self, *, populate: bool = True) -> None:
+    def _remap(self, *, populate: bool) -> None:
         """A new mapping of the whole file. Views of the old one stay valid: both show the same pages."""
         with saying("map a segment", self.path):
             self._map = map_file(self._fd, self.size, populate=populate)

@@ -22,6 +22,8 @@ from ckptd.units import PAGE_SIZE
 
 __all__ = ["write_undo"]
 
+_PAGE_META, _FRAME_META = 32, 256  # bytes, generously: hash and gfn of a page; header and fixed part of a frame
+
 
 def write_undo(
     segment: Segment, record: EpochRecord, rows: Sequence[Rows], hashes: Sequence[Hashes], zero: Hashes,
@@ -32,6 +34,7 @@ def write_undo(
     Raises NoSpace before anything but the segment has changed.
     """
     epoch, sequence = record.epoch - 1, 0
+    segment.ensure(sum(len(pages.gfns) * (PAGE_SIZE + _PAGE_META) + _FRAME_META for pages, _ in record.pages))
     for pages, _ in record.pages:
         gfns, old = pages.gfns, hashes[pages.region][pages.gfns]
         kinds = np.where(same(old, zero), np.uint8(ZERO), np.uint8(RAW))
