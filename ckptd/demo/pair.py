@@ -54,6 +54,7 @@ class Setting:
     encoding: str = "raw"
     output_every: int = 16
     stage_mib: int = 64
+    history: int = 20
 
 
 @dataclass(slots=True)
@@ -276,7 +277,9 @@ class Pair:
         }))  # fmt: skip
         self._files[1].write_text(_toml({
             "listen": {"address": address},
-            "replica": {"dir": str(self.replicas), "history": 20, "history_bytes": "128MiB", "reserve": "32MiB"},
+            "replica": {
+                "dir": str(self.replicas), "history": one.history, "history_bytes": "128MiB", "reserve": "32MiB",
+            },
             "[guest]": {"name": _GUEST, "output": str(self._there / "output")},
             "runtime": {"dir": str(self._there)},
         }))  # fmt: skip
