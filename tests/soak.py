@@ -97,13 +97,13 @@ class Round:
             self._flows()
         pair.protect(self.chance.uniform(0.5, 2.0))
         self.sizes.ends(pair.primary, pair.secondary)
-        killed = pair.kill_primary()
+        pair.kill_primary()
         promoted = pair.promote()
         pair.run_on(self.chance.uniform(0.3, 1.5))
         proof, failures = pair.check()
         if failures:
             raise VerifyFailed("; ".join(failures), step=proof.step)
-        self.tally.within += killed.mid_epoch
+        self.tally.within += pair.within_an_epoch()
         self.tally.rolled_back += pair.rolled_back()
         self.tally.epochs += promoted["epoch"]
         self.tally.outputs += proof.outputs.released
@@ -127,7 +127,7 @@ class Round:
 
     def _primary(self) -> None:
         self.sizes.ends(self.pair.primary)
-        self.pair.kill_primary(host=False, tries=self.chance.choice((0, 20)))
+        self.pair.kill_primary(host=False, seconds=self.chance.choice((0.0, 0.3)))
         self._pause()
         self.pair.restart_primary()
 
@@ -195,6 +195,7 @@ def _setting(chance: random.Random) -> Setting:
         encoding=chance.choice(("raw", "raw", "xor-lz4", "auto")),
         output_every=chance.choice((1, 4, 16)),
         stage_mib=chance.choice((2, 8, 16)),
+        batch_kib=chance.choice((256, 1024)),
     )  # fmt: skip
 
 

@@ -68,7 +68,8 @@ def demo(
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     size = parse_size(memory)
     setting = Setting(memory=size, workload=workload, vcpus=vcpus, seed=seed, level=level)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started is ended
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_once)
     directory = Path(tempfile.mkdtemp(prefix="ckptd-demo-"))
     replicas = _place(size, level, directory)
     pair = Pair(setting, directory, replicas, random.Random(seed))
@@ -140,10 +141,11 @@ def _play(pair: Any, seconds: float) -> Report:
         show.phase("protected: the secondary holds a committed epoch")
         last = pair.protect(seconds, watch=show.figures)
         killed = pair.kill_primary()
-        when = f"within epoch {killed.receiving}" if killed.mid_epoch else "between two epochs"
-        show.phase(f"the primary's host is dead {when}; {killed.released} outputs had left it")
+        show.phase(f"the primary's host is dead; {killed.released} outputs had left it")
         promoted = pair.promote()
-        show.phase(f"promoted at epoch {promoted['epoch']} in term {promoted['term']}, {promoted['promote_ms']:.1f} ms")
+        gone = f"a part of epoch {killed.receiving} is gone" if pair.within_an_epoch() else "none was on its way"
+        where, took = f"epoch {promoted['epoch']} ({gone}) in term {promoted['term']}", promoted["promote_ms"]
+        show.phase(f"promoted at {where}, {took:.1f} ms")
         pair.run_on(_RUN_ON, watch=show.figures)
         show.phase("the same machine once more, from its seed alone, never interrupted")
         proof, failures = pair.check()
@@ -152,9 +154,9 @@ def _play(pair: Any, seconds: float) -> Report:
         ok=not failures, failures=failures, guest="sim", seed=setting.seed, workload=setting.workload,
         seconds=seconds, vcpus=setting.vcpus, level=setting.level, memory_bytes=setting.memory,
         replica=str(pair.replicas), epochs_committed=promoted["epoch"], epochs_rolled_back=pair.rolled_back(),
-        killed_within_an_epoch=killed.mid_epoch, promoted_epoch=promoted["epoch"], dirty_pages=last["dirty_pages"],
-        raw_bytes=last["raw_bytes"], wire_bytes=last["wire_bytes"], pause_ms=last["pause_ms"],
-        commit_ms=last["commit_ms"], promote_ms=promoted["promote_ms"], failover_ms=round(pair.failover_ms, 3),
+        killed_within_an_epoch=pair.within_an_epoch(), promoted_epoch=promoted["epoch"],
+        dirty_pages=last["dirty_pages"], raw_bytes=last["raw_bytes"], wire_bytes=last["wire_bytes"],
+        pause_ms=last["pause_ms"], commit_ms=last["commit_ms"], promote_ms=promoted["promote_ms"], failover_ms=round(pair.failover_ms, 3),
         steps=proof.step, outputs_released=proof.outputs.released, outputs_repeated=proof.outputs.repeated,
         outputs_lost=len(proof.outputs.lost), outputs_contradicted=len(proof.outputs.contradicted),
         outputs_wrong=len(proof.outputs.wrong), digest=proof.digest, expected_digest=proof.expected_digest,
@@ -195,6 +197,13 @@ def _shown(report: Report) -> Table:
     for failure in report["failures"]:
         table.add_row("FAILED", Text(failure, "bold red"))
     return table
+
+
+def _end_once(number: int, _: object) -> None:
+    """Unwind, which ends all that was started; whoever is impatient must not interrupt that."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _place(size: int, level: str, directory: Path) -> Path:

@@ -36,7 +36,7 @@ Watch = Callable[[dict[str, Any] | None, dict[str, Any] | None], None]
 _GUEST = "demo"
 _LOOK = 0.02
 _SHOW = 0.2
-_TRIES = 150  # moments at which the primary is looked at for an epoch on its way
+_STILL = 0.002  # seconds after which nothing is on its way through this machine any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +55,17 @@ class Setting:
     output_every: int = 16
     stage_mib: int = 64
     history: int = 20
+    batch_kib: int = 256  # small, so that an epoch goes out in several pieces, between which the primary can die
 
 
 @dataclass(slots=True)
 class Killed:
-    """The primary's end. `acknowledged` and `released`: what it had been told, and had let go of."""
+    """The primary's end.
 
-    mid_epoch: bool
+    `receiving`: the epoch that the secondary had a part of, 0 if none; `acknowledged` and `released`: what the primary
+    had been told, and had let go of. `at`: monotonic seconds.
+    """
+
     receiving: int
     acknowledged: int
     released: int
@@ -136,19 +140,19 @@ class Pair:
 
     # --- what is done to it
 
-    def kill_primary(self, *, host: bool = True, tries: int = _TRIES) -> Killed:
+    def kill_primary(self, *, host: bool = True, seconds: float = 3.0) -> Killed:
         """SIGKILL the primary while an epoch is on its way, if one can be met; with its host its guest dies, too.
 
-        With `tries=0` it dies at whatever moment this is called.
+        Such a moment is looked for so many seconds; with 0 it dies when this is called.
         """
         self.last = self.primary.status()
-        receiving = self._freeze_within_an_epoch(tries)
+        receiving = self._freeze_within_an_epoch(seconds)
         self.primary.kill()
         at = time.monotonic()
         if host:
             kill_guest(self._here)
         outputs = read_outputs(self._here / "output")
-        self.killed = Killed(bool(receiving), receiving, self.last["epoch"], outputs[-1].number if outputs else 0, at)
+        self.killed = Killed(receiving, self.last["epoch"], outputs[-1].number if outputs else 0, at)
         return self.killed
 
     def restart_primary(self) -> None:
@@ -213,6 +217,10 @@ class Pair:
             return []
         return [f"epoch {self.promoted['epoch']} was promoted, though {self.killed.acknowledged} was acknowledged"]
 
+    def within_an_epoch(self) -> bool:
+        """The primary died when a part of an epoch had arrived, which is gone."""
+        return self.killed is not None and self.killed.receiving > self.promoted["epoch"]
+
     def rolled_back(self) -> int:
         """Epochs that were on their way when the primary died and are gone."""
         if self.killed is None:
@@ -222,14 +230,16 @@ class Pair:
 
     # --- inside
 
-    def _freeze_within_an_epoch(self, tries: int) -> int:
+    def _freeze_within_an_epoch(self, seconds: float) -> int:
         """Leaves the primary stopped, and returns the epoch that the secondary has only a part of; 0 if none was met.
 
         To be stopped and then killed is to be killed when it was stopped, but we can look in between.
         """
-        for _ in range(tries):
-            # The next epoch is due when the primary goes on after a look, so early moments are the better ones.
-            time.sleep(self.setting.interval_ms / 1e3 * self.chance.random() ** 3)
+        until = time.monotonic() + seconds
+        self.primary.yield_cpu()  # or on a busy machine it would always finish its epoch before we are woken
+        while time.monotonic() < until:
+            # Most often for less time than it takes to send an epoch, or we should always look before or after one.
+            time.sleep(self.setting.interval_ms / 1e3 * self.chance.random() ** 6)
             self.primary.freeze()
             if receiving := self._settled():
                 return receiving
@@ -240,6 +250,7 @@ class Pair:
         """The epoch that is being received once all that was sent has arrived."""
         before = self.replica()
         while True:
+            time.sleep(_STILL)
             now = self.replica()
             if now["bytes_received"] == before["bytes_received"] and now["epoch"] == before["epoch"]:
                 return int(now["receiving_epoch"])
@@ -271,7 +282,7 @@ class Pair:
             "secondary": {"address": address},
             "checkpoint": {
                 "interval": f"{one.interval_ms}ms", "level": one.level, "encoding": one.encoding,
-                "stage": f"{one.stage_mib}MiB", "delta_cache": f"{one.stage_mib}MiB",
+                "stage": f"{one.stage_mib}MiB", "delta_cache": f"{one.stage_mib}MiB", "batch": f"{one.batch_kib}KiB",
             },
             "runtime": {"dir": str(self._here)},
         }))  # fmt: skip

@@ -62,7 +62,8 @@ def test_an_interrupted_demo_ends_all_that_it_has_started(tmp_path: Path) -> Non
         while not any("guests.sim.process" in one for one in left_behind(tmp_path)):
             assert time.monotonic() < until and demo.poll() is None
             time.sleep(0.05)
-        demo.send_signal(signal.SIGINT)
+        for _ in range(2):  # people press it twice
+            demo.send_signal(signal.SIGINT)
         _, said = demo.communicate(timeout=60)
     finally:
         demo.kill()
