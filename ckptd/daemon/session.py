@@ -174,7 +174,7 @@ class Session:
 
     async def _decide(self, event: HelloReceived) -> tuple[str, str, Protected | None] | None:
         """None to welcome, or code, text and guest of the refusal."""
-        hello, term = event.hello, event.term
+        hello = event.hello
         guest = self._daemon.guests.get(hello.guest)
         if guest is None:
             names = ", ".join(self._daemon.guests)
@@ -184,34 +184,23 @@ class Session:
         if hello.kind != guest.entry.kind:
             text = f"guest {hello.guest} is of kind {hello.kind!r} there and {guest.entry.kind!r} here"
             return "other_guest", text, guest
-        if replica.holding == "promoted":
-            text = f"guest {hello.guest} was promoted here at epoch {replica.epoch}, term {replica.term}"
-            return "promoted", text, guest
-        if term < replica.term:
-            return "stale_term", f"term {term} is over: the replica has seen term {replica.term}", guest
-        if guest.session is not None:
-            old = guest.session.address
-            self._log.info("a new connection of the primary replaces the old one", guest=hello.guest, old=old)
-            await guest.session.leave("replaced by a new connection")
-        async with guest.busy:
-            return await self._fit(guest, replica, event, geometry)
+        while True:
+            if (refusal := _unfit(guest, event, geometry)) is not None:
+                return *refusal, guest
+            if guest.session is not None:  # of the same run: the primary has noticed a cut before we did
+                old = guest.session.address
+                self._log.info("a new connection of the primary replaces the old one", guest=hello.guest, old=old)
+                await guest.session.leave("replaced by a new connection")
+            async with guest.busy:
+                # All of that may have changed while the lock was waited for.
+                if guest.session is None and _unfit(guest, event, geometry) is None:
+                    return await self._fit(guest, replica, event, geometry)
 
     async def _fit(
         self, guest: Protected, replica: Replica, event: HelloReceived, geometry: Geometry
     ) -> tuple[str, str, Protected | None] | None:
         hello = event.hello
-        if replica.holding != "empty" and (replica.run != hello.run or replica.geometry != geometry):
-            if replica.holding == "committed" and not hello.replace:
-                if replica.geometry != geometry:
-                    text = f"guest {hello.guest} has memory {geometry} there; the replica has {replica.geometry}"
-                    return "other_guest", text, guest
-                return (
-                    "other_run",
-                    f"the replica holds epoch {replica.epoch} of another run of guest {hello.guest}"
-                    f" ({replica.run.hex()[:8]}, not {hello.run.hex()[:8]}): promote it here, or give it up with"
-                    " `ckptd primary --replace` or `ckptd discard`",
-                    guest,
-                )  # fmt: skip
+        if replica.holding != "empty" and _is_another(replica, event, geometry):
             await asyncio.to_thread(replica.discard)
         try:
             if replica.holding == "empty":
@@ -288,3 +277,33 @@ class Session:
         return self._guest.replica
 
 
+def _is_another(replica: Replica, event: HelloReceived, geometry: Geometry) -> bool:
+    return replica.run != event.hello.run or replica.geometry != geometry
+
+
+def _unfit(guest: Protected, event: HelloReceived, geometry: Geometry) -> tuple[str, str] | None:
+    """Why this primary cannot go on with this replica, code and text. Whoever is refused disturbs no session."""
+    hello, replica, name = event.hello, guest.replica, event.hello.guest
+    if replica.holding == "promoted":
+        return "promoted", f"guest {name} was promoted here at epoch {replica.epoch}, term {replica.term}"
+    if event.term < replica.term:
+        return "stale_term", f"term {event.term} is over: the replica has seen term {replica.term}"
+    if replica.holding == "empty" or not _is_another(replica, event, geometry):
+        return None
+    if guest.session is not None and not guest.session.silent:
+        return "other_run", f"the primary at {guest.session.address}, of another run of guest {name}, is connected"
+    if replica.holding != "committed" or hello.replace:
+        return None
+    if replica.geometry != geometry:
+        text = f"guest {name} has memory {_sizes(geometry)} there; the replica has {_sizes(replica.geometry)}"
+        return "other_guest", text
+    return (
+        "other_run",
+        f"the replica holds epoch {replica.epoch} of another run of guest {name}"
+        f" ({replica.run.hex()[:8]}, not {hello.run.hex()[:8]}): promote it here, or give it up with"
+        " `ckptd primary --replace` or `ckptd discard`",
+    )
+
+
+def _sizes(geometry: Geometry | None) -> str:
+    return f"{geometry} ({geometry.pages} pages)" if geometry is not None else "none"
