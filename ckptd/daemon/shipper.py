@@ -36,6 +36,8 @@ Encoding = Literal["raw", "xor-lz4", "auto"]
 _MAX_SLICES = 64  # buffers of one frame's payload; above it one copy is cheaper than the kernel's walk over them
 _MAX_FRAMES = 4  # into which a batch of a scan is cut
 _QUEUED = 4 << 20  # bytes waiting for the socket before the next batch is prepared
+_CONVERGING = 0.8  # an iteration that leaves more than this part of the last one gains little ...
+_PATIENCE = 2  # ... and so many of them in a row gain nothing: pause and send the rest
 _AUTO_REST = 64  # batches that go raw after one whose deltas did not pay
 
 
@@ -133,7 +135,9 @@ class Shipper:
         self.pending = self.pending.merge(await self._harvest())
 
     async def precopy(self, link: Link, machine: PrimaryMachine, flight: Flight, *, most: int, enough: int) -> None:
-        """Iterations until at most `enough` pages are dirty, or `most` iterations were made; the rest is in `pending`.
+        """Iterations until at most `enough` pages are dirty, they stop gaining, or `most` were made.
+
+        What is still dirty then is in `pending`.
 
         Unless the table is continuous, the first iteration compares all of memory with it.
         """
@@ -143,10 +147,13 @@ class Shipper:
             flight.dirty.append(DirtySet.empty(len(self.geometry), overflowed=True))
             await self._scan(link, machine, flight)
             self.continuous = True
+        before, stalled = self.geometry.pages, 0
         while flight.iterations < most:
             dirty = (await self._harvest()).merge(self.pending)
             self.pending = DirtySet.empty(len(self.geometry))
-            if dirty.overflowed or dirty.pages <= enough:
+            stalled = stalled + 1 if dirty.pages > _CONVERGING * before else 0
+            before = dirty.pages
+            if dirty.overflowed or dirty.pages <= enough or stalled >= _PATIENCE:
                 self.pending = dirty
                 return
             flight.dirty.append(dirty)
@@ -206,8 +213,10 @@ class Shipper:
             running = False
             try:
                 dirty = self._take()
+                if dirty.overflowed and flight.iterations >= most:  # the log loses pages faster than they can be sent
+                    dirty = DirtySet.everything(self.geometry)
                 big = dirty.overflowed or dirty.pages > self.stage_pages
-                if big and (dirty.overflowed or flight.iterations < most):
+                if big and (dirty.overflowed or not flight.iterations):
                     self.pending = dirty
                     await self.guest.resume()
                     running = True

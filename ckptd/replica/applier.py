@@ -21,11 +21,13 @@ from ckptd.replica.journal import Journal
 from ckptd.replica.meta import Meta, MetaFile
 from ckptd.replica.segment import EpochRecord
 from ckptd.replica.undo import write_undo
+from ckptd.units import PAGE_SIZE
 
 __all__ = ["Applier"]
 
 _SETTLE_BYTES = 256 << 20
 _SETTLE_EPOCHS = 16
+_LARGE = 4  # an epoch that needs more than this part of history's bytes begins history anew
 
 
 class Applier:
@@ -54,6 +56,8 @@ class Applier:
             meta = replace(meta, first=record.epoch, first_chain=meta.chain)
         else:
             try:
+                if 2 * record.page_count * PAGE_SIZE > self._journal.history_bytes // _LARGE:
+                    raise NoSpace("so large an epoch would push out most of history by itself", epoch=record.epoch)
                 self._undo(record)
             except NoSpace:  # history gives way, the guest's protection does not
                 self._journal.make_room()
