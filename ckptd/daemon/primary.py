@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -43,6 +44,7 @@ from ckptd.protocol.primary import (
 __all__ = ["PrimaryDaemon"]
 
 _CALM = 0.005  # seconds before a guest that waits for its gate is looked at again
+_FAREWELL = 0.5  # seconds for the last words on the link
 _FENCING = ("stale_term", "promoted")
 
 
@@ -62,6 +64,7 @@ class PrimaryDaemon:
         self.condition = Condition("unprotected", "not connected yet", self._report)
         self.pacer = Pacer(*_limits(config.checkpoint), time.monotonic_ns())
         self._link: Link | None = None
+        self._connecting: asyncio.Task[socket.socket] | None = None
         self._machine: PrimaryMachine | None = None
         self._welcome: asyncio.Future[Welcome] | None = None
         self._table: tuple[HashTable, asyncio.Future[None]] | None = None
@@ -102,6 +105,14 @@ class PrimaryDaemon:
         """End cleanly: the guest is left running, what it says stays held."""
         self._stopping = True
         self._wake.set()
+        asyncio.get_running_loop().call_later(_FAREWELL, self._give_up)
+
+    def _give_up(self) -> None:
+        """The secondary is silent, or not there: whoever waits for it waits no more."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._link is not None:
+            self._link.end(TransportError("this daemon ends"))
 
     def reload(self, config: PrimaryConfig) -> None:
         """Take over the keys that can change while running."""
@@ -158,17 +169,27 @@ class PrimaryDaemon:
             await self.guest.pause()
         self.condition.become("fenced", str(error))
         while not self._stopping:
-            self._wake.clear()
-            await self._wake.wait()
             for request in self._drain_requests():
                 request.fail(error)
+            self._wake.clear()
+            await self._wake.wait()
 
     # --- one session
 
     async def _session(self) -> None:
         link_config, loop = self.config.link, asyncio.get_running_loop()
         host, port = self.config.secondary.host_port
-        sock = await connect(host, port, buffer_bytes=link_config.buffer, timeout_ns=link_config.connect_timeout)
+        self._connecting = asyncio.create_task(
+            connect(host, port, buffer_bytes=link_config.buffer, timeout_ns=link_config.connect_timeout)
+        )
+        try:
+            sock = await self._connecting
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+            raise TransportError("this daemon ends") from None
+        finally:
+            self._connecting = None
         timing = Timing(link_config.heartbeat, link_config.timeout)
         self._machine = machine = PrimaryMachine(self.guest.geometry, timing, time.monotonic_ns())
         self._link = link = Link(sock, machine, self._on_event, self._on_end)
@@ -201,6 +222,7 @@ class PrimaryDaemon:
         if own.digest != welcome.digest:
             theirs = shipper.fresh_table(welcome.seed)
             self._table = (theirs, loop.create_future())
+            _check(link)
             link.send(machine.request_table())
             await self._table[1]
             self._table = None
@@ -350,14 +372,16 @@ class PrimaryDaemon:
             self._wake.clear()
             await self._wake.wait()
 
-    def expect_verified(self) -> asyncio.Future[bytes]:
-        """The digest that the secondary will state."""
+    def expect_verified(self, link: Link) -> asyncio.Future[bytes]:
+        """The digest that the secondary will state. Raises what has ended the link."""
+        _check(link)
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._verified.append(future)
         return future
 
-    def expect_promoted(self) -> asyncio.Future[PromotedThere]:
-        """The secondary's word that the guest runs there."""
+    def expect_promoted(self, link: Link) -> asyncio.Future[PromotedThere]:
+        """The secondary's word that the guest runs there. Raises what has ended the link."""
+        _check(link)
         self._promoted = asyncio.get_running_loop().create_future()
         return self._promoted
 
@@ -398,6 +422,12 @@ def _limits(checkpoint: Checkpoint) -> tuple[int, int, int]:
     if isinstance(interval, Adaptive):
         return interval.min, interval.max, interval.target_lag
     return interval, interval, interval
+
+
+def _check(link: Link) -> None:
+    """A link that has ended answers nothing: waiting for its answer would never end."""
+    if link.error is not None:
+        raise link.error
 
 
 def _resolve(future: asyncio.Future[Any] | None, value: object) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptd.daemon.link import Link
-from ckptd.errors import CkptdError, Fenced, VerifyFailed
+from ckptd.daemon.shipper import Flight
+from ckptd.errors import CkptdError, Fenced, StateError, VerifyFailed
 from ckptd.protocol.primary import PrimaryMachine
 
 if TYPE_CHECKING:
@@ -53,9 +55,9 @@ async def _checkpoint(daemon: PrimaryDaemon, link: Link, machine: PrimaryMachine
 async def _verify(daemon: PrimaryDaemon, link: Link, machine: PrimaryMachine) -> dict[str, Any]:
     """Both ends hash all of their memory at one epoch; the guest is paused for our half of it."""
     began = time.monotonic_ns()
-    flight = await daemon.ship(link, machine, stay=True)
+    flight = await _ship_and_stay(daemon, link, machine)
     try:
-        theirs = daemon.expect_verified()
+        theirs = daemon.expect_verified(link)
         link.send(machine.verify())
         try:
             daemon.shipper.check_memory()
@@ -78,11 +80,13 @@ async def _switchover(daemon: PrimaryDaemon, link: Link, machine: PrimaryMachine
     """Planned promotion: the last epoch with the guest paused for good, both digests equal, then the other side goes
     on.
     """
-    flight = await daemon.ship(link, machine, final=True)
+    flight = await _ship_and_stay(daemon, link, machine, final=True)
     try:
         await daemon.wait_acknowledged(flight.epoch, link)
-        promoted = daemon.expect_promoted()
+        promoted = daemon.expect_promoted(link)
         link.send(machine.handover())
+    except Fenced:
+        raise
     except CkptdError:
         await daemon.guest.resume()  # HANDOVER was not sent: nobody else can run the guest
         raise
@@ -105,6 +109,18 @@ async def _switchover(daemon: PrimaryDaemon, link: Link, machine: PrimaryMachine
         "downtime_ms": round((time.monotonic_ns() - flight.began) / 1e6, 3), "iterations": flight.iterations,
         "pages": flight.pages,
     }  # fmt: skip
+
+
+async def _ship_and_stay(
+    daemon: PrimaryDaemon, link: Link, machine: PrimaryMachine, *, final: bool = False
+) -> Flight:  # fmt: skip
+    """One epoch, after which the guest stays paused; it goes on if the epoch cannot be shipped."""
+    try:
+        return await daemon.ship(link, machine, final=final, stay=True)
+    except CkptdError:
+        with suppress(StateError):  # not paused yet
+            await daemon.guest.resume()
+        raise
 
 
 def _digest(daemon: PrimaryDaemon) -> str:

@@ -47,6 +47,12 @@ class Protected:
         self.committed_at = 0.0
         self.activation_failed = False  # promoted, but the guest did not start: the image is still the epoch
 
+    async def have_standby(self) -> None:
+        """A warm process waits; one that has died is replaced."""
+        if not self.standby.alive():
+            await self.standby.end()
+        await self.standby.prepare()
+
     def _report(self, word: str, reason: str) -> None:
         self.log.info(word, reason=reason, epoch=self.replica.epoch)
 
@@ -83,6 +89,9 @@ class SecondaryDaemon:
             self.guests[entry.name] = guest = self._open(entry)
             if guest.replica.holding == "promoted":  # the guest outlived the daemon that promoted it
                 await guest.standby.prepare()
+                if not guest.standby.facts().get("active"):
+                    reason = f"promoted at epoch {guest.replica.epoch}, but its guest has ended"
+                    guest.condition.become("promoted", reason)
         loop = asyncio.get_running_loop()
         loop.add_reader(self._listener.fileno(), self._accept)
         self._log.info("listening", address=self.config.listen.address)
@@ -204,6 +213,7 @@ class SecondaryDaemon:
         if not guest.activation_failed:
             replica.promote(replica.term + 1)
         term, guest.activation_failed = replica.term, True
+        await guest.have_standby()
         await guest.standby.activate(
             replica.geometry, replica.descriptors(), replica.state, replica.held, replica.released
         )

@@ -168,7 +168,7 @@ class Session:
             return
         guest = self._guest
         assert guest is not None
-        await guest.standby.prepare()
+        await guest.have_standby()
         self._link.send(self._machine.welcome(guest.replica))
         guest.condition.become("receiving", f"from the primary at {self.address}")
 

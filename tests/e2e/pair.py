@@ -285,6 +285,14 @@ class Pair:
         self.protected()
         return self
 
+    def start_quietly(self) -> Pair:
+        """As `start`, where no epoch follows the first one by itself."""
+        self.secondary.start()
+        wait_for(self.held, "the secondary answers")
+        self.primary.start()
+        self.protected(0)
+        return self
+
     # --- what is
 
     def status(self) -> dict[str, Any]:
