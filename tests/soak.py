@@ -23,13 +23,14 @@ from pathlib import Path
 
 from ckptd.control.client import wish
 from ckptd.demo.children import Child
-from ckptd.demo.pair import Pair, Setting
+from ckptd.demo.pair import Moment, Pair, Setting
 from ckptd.errors import CkptdError, VerifyFailed
 
 GROWTH_LIMIT = 64 << 20
 """Bytes that a daemon may grow by in its life: its stage and its caches fill up to their limits, and no further."""
 
 MIB = 1 << 20
+MOMENTS: tuple[Moment, ...] = ("within", "unheard")
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Round:
             self._flows()
         pair.protect(self.chance.uniform(0.5, 2.0))
         self.sizes.ends(pair.primary, pair.secondary)
-        pair.kill_primary()
+        pair.kill_primary(self.chance.choice(MOMENTS))
         promoted = pair.promote()
         pair.run_on(self.chance.uniform(0.3, 1.5))
         proof, failures = pair.check()
@@ -127,7 +128,7 @@ class Round:
 
     def _primary(self) -> None:
         self.sizes.ends(self.pair.primary)
-        self.pair.kill_primary(host=False, seconds=self.chance.choice((0.0, 0.3)))
+        self.pair.kill_primary(self.chance.choice(MOMENTS), host=False, seconds=self.chance.choice((0.0, 0.3)))
         self._pause()
         self.pair.restart_primary()
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ckptd.config import load_primary
 from ckptd.control.client import Answered, wish
@@ -28,10 +28,13 @@ from ckptd.guests.sim import params_from
 from ckptd.guests.sim.link import GuestLink
 from ckptd.guests.sim.machine import header_of
 
-__all__ = ["Killed", "Pair", "Setting", "Watch"]
+__all__ = ["Killed", "Moment", "Pair", "Setting", "Watch"]
 
 Watch = Callable[[dict[str, Any] | None, dict[str, Any] | None], None]
 """Is shown both statuses now and then: the primary's, and the secondary's of the guest; None where nobody answers."""
+
+Moment = Literal["within", "unheard"]
+"""Of a primary's death: a part of an epoch has arrived; an epoch with output is safe, and the primary does not know."""
 
 _GUEST = "demo"
 _LOOK = 0.02
@@ -52,7 +55,7 @@ class Setting:
     rate: int = 20_000
     interval_ms: int = 25
     encoding: str = "raw"
-    output_every: int = 16
+    output_every: int = 4
     stage_mib: int = 64
     history: int = 20
     batch_kib: int = 256  # small, so that an epoch goes out in several pieces, between which the primary can die
@@ -140,19 +143,18 @@ class Pair:
 
     # --- what is done to it
 
-    def kill_primary(self, *, host: bool = True, seconds: float = 3.0) -> Killed:
-        """SIGKILL the primary while an epoch is on its way, if one can be met; with its host its guest dies, too.
+    def kill_primary(self, moment: Moment = "within", *, host: bool = True, seconds: float = 3.0) -> Killed:
+        """SIGKILL the primary at a moment, if it can be met; with its host its guest dies, too.
 
-        Such a moment is looked for so many seconds; with 0 it dies when this is called.
+        It is looked for so many seconds; with 0 the primary dies when this is called.
         """
         self.last = self.primary.status()
-        receiving = self._freeze_within_an_epoch(seconds)
+        receiving = self._freeze_at(moment, seconds)
         self.primary.kill()
         at = time.monotonic()
         if host:
             kill_guest(self._here)
-        outputs = read_outputs(self._here / "output")
-        self.killed = Killed(receiving, self.last["epoch"], outputs[-1].number if outputs else 0, at)
+        self.killed = Killed(receiving, self.last["epoch"], self._released(), at)
         return self.killed
 
     def restart_primary(self) -> None:
@@ -230,8 +232,8 @@ class Pair:
 
     # --- inside
 
-    def _freeze_within_an_epoch(self, seconds: float) -> int:
-        """Leaves the primary stopped, and returns the epoch that the secondary has only a part of; 0 if none was met.
+    def _freeze_at(self, moment: Moment, seconds: float) -> int:
+        """Leaves the primary stopped, if possible at that moment; the epoch that the secondary has a part of, or 0.
 
         To be stopped and then killed is to be killed when it was stopped, but we can look in between.
         """
@@ -241,19 +243,25 @@ class Pair:
             # Most often for less time than it takes to send an epoch, or we should always look before or after one.
             time.sleep(self.setting.interval_ms / 1e3 * self.chance.random() ** 6)
             self.primary.freeze()
-            if receiving := self._settled():
-                return receiving
+            found = self._settled()
+            if found["receiving_epoch"] if moment == "within" else found["outputs_mark"] > self._released():
+                return int(found["receiving_epoch"])
             self.primary.thaw()
         return 0
 
-    def _settled(self) -> int:
-        """The epoch that is being received once all that was sent has arrived."""
+    def _released(self) -> int:
+        """The number of the last output that has left the primary."""
+        outputs = read_outputs(self._here / "output")
+        return outputs[-1].number if outputs else 0
+
+    def _settled(self) -> dict[str, Any]:
+        """The secondary's status of the guest once all that was sent has arrived."""
         before = self.replica()
         while True:
             time.sleep(_STILL)
             now = self.replica()
             if now["bytes_received"] == before["bytes_received"] and now["epoch"] == before["epoch"]:
-                return int(now["receiving_epoch"])
+                return now
             before = now
 
     def _check(self) -> None:
