@@ -20,7 +20,7 @@ from ckptd.replica.image import Image
 from ckptd.replica.journal import Journal
 from ckptd.replica.meta import Meta, MetaFile
 from ckptd.replica.segment import EpochRecord
-from ckptd.replica.undo import write_undo
+from ckptd.replica.undo import undo_bytes, write_undo
 from ckptd.units import PAGE_SIZE
 
 __all__ = ["Applier"]
@@ -152,7 +152,7 @@ class Applier:
             table.rehash(rows)
             self.know(table)
         assert self._hashes is not None
-        segment = self._journal.start_undo()
+        segment = self._journal.start_undo(undo_bytes(record))
         self._hook("apply: undo started")
         try:
             write_undo(segment, record, rows, self._hashes, self._hasher.zero, meta.chain, meta.digest)

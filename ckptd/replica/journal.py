@@ -56,8 +56,9 @@ class Journal:
         self._directory = directory
         usual = min(reserve, _USUAL, history_bytes // (2 * history + 3)) if history else reserve
         size = max(_STEP, usual)
-        self._segments = Pool(directory, ".seg", size, reserve)
-        self._undos = Pool(directory, ".undo", size, reserve)
+        self._segments = Pool(directory, ".seg", size, reserve, history_bytes)
+        self._undos = Pool(directory, ".undo", size, reserve, history_bytes)
+        self._expected = 0  # bytes: epochs are about as large as the one before
         self.segments: dict[int, Segment] = {}
         self.undos: dict[int, Segment] = {}
         self.entries: dict[int, HistoryEntry] = {}
@@ -86,14 +87,16 @@ class Journal:
 
     def stage(self) -> Segment:
         """An empty segment for the epoch to be received. Raises NoSpace."""
-        return self._segments.take("staged.seg")
+        return self._segments.take("staged.seg", self._expected)
 
-    def start_undo(self) -> Segment:
-        return self._undos.take("undo.new")
+    def start_undo(self, expected: int) -> Segment:
+        """An empty segment for an undo of about so many bytes. Raises NoSpace."""
+        return self._undos.take("undo.new", expected)
 
     def add(self, segment: Segment, entry: HistoryEntry) -> None:
         """`segment` has become a committed epoch: it gets its name."""
         segment.rename(f"epoch-{entry.epoch}.seg")
+        self._expected = segment.used
         self.segments[entry.epoch], self.entries[entry.epoch] = segment, entry
 
     def add_undo(self, segment: Segment, epoch: int) -> None:

@@ -24,7 +24,7 @@ from ckptd.replica.image import Image
 from ckptd.replica.journal import Journal
 from ckptd.replica.meta import Meta
 from ckptd.replica.segment import EpochRecord, read_epoch
-from ckptd.replica.undo import write_undo
+from ckptd.replica.undo import undo_bytes, write_undo
 
 __all__ = ["Recovered", "recover"]
 
@@ -156,7 +156,7 @@ class _Redo:
             self._restarted = True
             return
         table = self._table
-        segment = self._journal.start_undo()
+        segment = self._journal.start_undo(undo_bytes(record))
         lanes = [table.region(index) for index in range(len(table.geometry))]
         write_undo(segment, record, self._image.rows, lanes, table.hasher.zero, chain or bytes(16), table.digest)
         self._journal.add_undo(segment, record.epoch)

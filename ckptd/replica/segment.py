@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections import deque
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 from crc32c import crc32c
 
-from ckptd.errors import CkptdError, CorruptFrame, JournalError
+from ckptd.errors import CkptdError, CorruptFrame, JournalError, NoSpace
 from ckptd.memory.batch import RAW
 from ckptd.memory.hashing import PageHasher, Rows, same
 from ckptd.memory.regions import Geometry
@@ -32,6 +32,7 @@ from ckptd.units import PAGE_SIZE
 __all__ = ["EpochRecord", "FrameAt", "Pool", "Segment", "read_epoch", "read_frames", "rows_of"]
 
 _STEP = 1 << 20
+_LARGE_ARE_OVER = 32  # takes
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of madvise(2), which the mmap module does not name
 _MOST_AHEAD = 128 << 20  # bytes that a segment grows by beyond what is asked for
 
@@ -64,7 +65,10 @@ class Segment:
         """Room for `length` more bytes. Raises NoSpace; what is in the segment stays."""
         needed = self.used + length
         if needed > self.size:
-            self._grow_to(_round(max(needed, min(2 * self.size, self.size + _MOST_AHEAD))))
+            try:
+                self._grow_to(_round(max(needed, min(2 * self.size, self.size + _MOST_AHEAD))))
+            except NoSpace:
+                self._grow_to(_round(needed))
 
     def place(self, head: bytes, payload_length: int) -> memoryview:
         """Append header and meta; returns where the payload goes, which counts as written."""
@@ -137,41 +141,67 @@ def _round(size: int) -> int:
 
 
 class Pool:
-    """Segments of one suffix that are not in use, ready for the next epoch. One thread may give while another takes."""
+    """Segments of one suffix that are not in use, ready for the next epoch. One thread may give while another takes.
 
-    def __init__(self, directory: Path, suffix: str, size: int, keep: int) -> None:
-        """New files have `size` bytes; files larger than `keep` bytes are not worth keeping."""
-        self._directory, self._suffix, self._size, self._keep = directory, suffix, size, max(size, keep)
-        self._free: deque[Segment] = deque()
+    Spares of more than the usual size are for runs of large epochs, which would otherwise spend most of their time on
+    making and removing files; they go once a run of small ones shows that the large ones are over.
+    """
+
+    def __init__(self, directory: Path, suffix: str, size: int, keep: int, large: int) -> None:
+        """New files have `size` bytes; files above `keep` bytes are large: two are kept, of at most `large` bytes."""
+        self._directory, self._suffix, self._size = directory, suffix, size
+        self._keep, self._large = max(size, keep), large
+        self._free: list[Segment] = []
+        self._lock = threading.Lock()
         self._numbers = count(1)
+        self._small_takes = 0
 
-    def take(self, name: str) -> Segment:
-        """An empty segment of this name. Raises NoSpace."""
-        try:
-            segment = self._free.popleft()
-        except IndexError:
-            return Segment(self._directory / name, self._size)
-        segment.rename(name)
-        segment.used = 0
-        return segment
+    def take(self, name: str, expected: int = 0) -> Segment:
+        """An empty segment of this name, for about so many bytes. Raises NoSpace."""
+        with self._lock:
+            segment = self._fit(expected)
+            if segment is not None:
+                self._free.remove(segment)
+                segment.rename(name)
+                segment.used = 0
+            self._small_takes = 0 if expected > self._keep else self._small_takes + 1
+            if self._small_takes > _LARGE_ARE_OVER:
+                self._unlink([one for one in self._free if one.size > self._keep])
+        return segment or Segment(self._directory / name, max(self._size, expected))
+
+    def _fit(self, expected: int) -> Segment | None:
+        """The smallest that is large enough, if it is not far too large; else the largest of the usual ones."""
+        enough = [one for one in self._free if expected <= one.size <= max(self._keep, 4 * expected)]
+        usual = [one for one in self._free if one.size <= self._keep]
+        if enough:
+            return min(enough, key=lambda one: one.size)
+        return max(usual, key=lambda one: one.size) if usual and expected <= self._keep else None
 
     def give(self, segment: Segment) -> None:
         """Take back a segment that no epoch needs any more."""
-        spare = sum(one.size for one in self._free) + segment.size
-        if segment.size > self._keep or (len(self._free) >= 2 and spare > self._keep):
+        with self._lock:
+            if segment.size > self._keep:
+                spare = sum(one.size > self._keep for one in self._free) < 2 and segment.size <= self._large
+            else:
+                usual = [one.size for one in self._free if one.size <= self._keep]
+                spare = len(usual) < 2 or sum(usual) + segment.size <= self._keep
+            if not spare:
+                segment.unlink()
+                return
+            segment.rename(f"free-{next(self._numbers)}{self._suffix}")
+            segment.settle()
+            self._free.append(segment)
+
+    def _unlink(self, segments: list[Segment]) -> None:
+        for segment in segments:
+            self._free.remove(segment)
             segment.unlink()
-            return
-        segment.rename(f"free-{next(self._numbers)}{self._suffix}")
-        segment.settle()
-        self._free.append(segment)
 
     def drain(self) -> bool:
         """Give the space back to the file system; whether there was any."""
-        drained = False
-        with suppress(IndexError):  # another thread may take the last one
-            while True:
-                self._free.popleft().unlink()
-                drained = True
+        with self._lock:
+            drained = bool(self._free)
+            self._unlink(list(self._free))
         return drained
 
     def close(self) -> None:

@@ -20,9 +20,14 @@ from ckptd.replica.image import gather
 from ckptd.replica.segment import EpochRecord, Segment
 from ckptd.units import PAGE_SIZE
 
-__all__ = ["write_undo"]
+__all__ = ["undo_bytes", "write_undo"]
 
 _PAGE_META, _FRAME_META = 32, 256  # bytes, generously: hash and gfn of a page; header and fixed part of a frame
+
+
+def undo_bytes(record: EpochRecord) -> int:
+    """At most so many bytes hold the undo of an epoch."""
+    return sum(len(pages.gfns) * (PAGE_SIZE + _PAGE_META) + _FRAME_META for pages, _ in record.pages) + _FRAME_META
 
 
 def write_undo(
@@ -34,7 +39,7 @@ def write_undo(
     Raises NoSpace before anything but the segment has changed.
     """
     epoch, sequence = record.epoch - 1, 0
-    segment.ensure(sum(len(pages.gfns) * (PAGE_SIZE + _PAGE_META) + _FRAME_META for pages, _ in record.pages))
+    segment.ensure(undo_bytes(record))
     for pages, _ in record.pages:
         gfns, old = pages.gfns, hashes[pages.region][pages.gfns]
         kinds = np.where(same(old, zero), np.uint8(ZERO), np.uint8(RAW))
