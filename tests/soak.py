@@ -38,6 +38,7 @@ class Tally:
     """What a whole soak has seen."""
 
     rounds: int = 0
+    failovers: int = 0
     done: Counter[str] = field(default_factory=Counter)
     epochs: int = 0
     outputs: int = 0
@@ -104,6 +105,7 @@ class Round:
         proof, failures = pair.check()
         if failures:
             raise VerifyFailed("; ".join(failures), step=proof.step)
+        self.tally.failovers += 1
         self.tally.within += pair.within_an_epoch()
         self.tally.rolled_back += pair.rolled_back()
         self.tally.epochs += promoted["epoch"]
@@ -246,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"\n{tally.rounds} rounds, {sum(tally.done.values())} disturbances"
         f" ({', '.join(f'{name} {times}' for name, times in sorted(tally.done.items()))})\n"
-        f"{tally.rounds} failovers, {tally.within} of them within an epoch, {tally.rolled_back} epochs rolled back\n"
+        f"{tally.failovers} failovers proved, {tally.within} of them within an epoch, {tally.rolled_back} epochs rolled back\n"
         f"{tally.epochs:,} epochs, {tally.outputs:,} outputs, each there and right\n"
         + "".join(
             f"{role}: at most {tally.largest[role] / MIB:.0f} MiB of its own, grown by {tally.grown[role] / MIB:.1f}\n"

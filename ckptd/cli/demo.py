@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ckptd.cli.common import Json, emit
-from ckptd.errors import ConfigError
+from ckptd.errors import CkptdError, ConfigError
 from ckptd.units import format_size, parse_size
 
 __all__ = ["demo"]
@@ -61,6 +61,7 @@ def demo(
     keep
         Leave files and logs behind.
     """
+    from ckptd.demo.children import ChildFailed
     from ckptd.demo.pair import Pair, Setting
 
     if not 0 < seconds <= 86400:
@@ -76,6 +77,9 @@ def demo(
     try:
         report = _play(pair, seconds)
         keep = keep or not report["ok"]
+    except CkptdError as error:
+        keep = True
+        raise ChildFailed(error.message, hint=error.hint or pair.secondary.tail(), **error.where) from error
     except Exception:  # what failed can be looked at; what was interrupted need not
         keep = True
         raise

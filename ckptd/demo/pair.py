@@ -23,7 +23,7 @@ from ckptd.config import load_primary
 from ckptd.control.client import Answered, wish
 from ckptd.demo.children import Child, ChildFailed, guest_pid, kill_guest
 from ckptd.demo.proof import Proof, prove, read_image, read_outputs
-from ckptd.errors import CkptdError, Unreachable, VerifyFailed
+from ckptd.errors import Unreachable
 from ckptd.guests.sim import params_from
 from ckptd.guests.sim.link import GuestLink
 from ckptd.guests.sim.machine import header_of
@@ -194,7 +194,7 @@ class Pair:
         """Prove the promoted guest by an uninterrupted run; failures as sentences. Ends the secondary and the guest."""
         replica, failures = self.replica(), self._earlier()
         if not guest_pid(self._there / _GUEST):
-            raise VerifyFailed("the promoted guest does not run any more", hint=self.secondary.tail())
+            raise ChildFailed("the promoted guest does not run any more", hint=self.secondary.tail())
         self.secondary.end()  # the guest outlives its daemon, and can be asked by us now
         step, state = asyncio.run(_stop_guest(self._there / _GUEST))
         files = sorted(Path(self.replicas / _GUEST).glob("image-*"))
@@ -314,7 +314,7 @@ async def _stop_guest(runtime: Path) -> tuple[int, bytes]:
     link = await GuestLink.open(runtime)
     try:
         if link.started:
-            raise CkptdError("the promoted guest ended with its daemon")
+            raise ChildFailed("the promoted guest ended with its daemon")
         state: bytes = link.ask({"op": "pause"})[0]["state"]
     finally:
         await link.end()
