@@ -248,7 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"\n{tally.rounds} rounds, {sum(tally.done.values())} disturbances"
         f" ({', '.join(f'{name} {times}' for name, times in sorted(tally.done.items()))})\n"
-        f"{tally.failovers} failovers proved, {tally.within} of them within an epoch, {tally.rolled_back} epochs rolled back\n"
+        f"{tally.failovers} failovers proved, {tally.within} of them within an epoch;"
+        f" {tally.rolled_back} epochs rolled back\n"
         f"{tally.epochs:,} epochs, {tally.outputs:,} outputs, each there and right\n"
         + "".join(
             f"{role}: at most {tally.largest[role] / MIB:.0f} MiB of its own, grown by {tally.grown[role] / MIB:.1f}\n"

@@ -214,10 +214,14 @@ class Pair:
         return proof, failures
 
     def _earlier(self) -> list[str]:
-        """P1: the promoted epoch is none before the last one that the primary knew to be safe."""
-        if self.killed is None or self.promoted.get("epoch", 0) >= self.killed.acknowledged:
-            return []
-        return [f"epoch {self.promoted['epoch']} was promoted, though {self.killed.acknowledged} was acknowledged"]
+        """P1: the promoted epoch is that which the primary last knew to be safe, or a later one."""
+        epoch, known = self.promoted.get("epoch", 0), self.killed.acknowledged if self.killed else 0
+        if epoch < known:
+            return [f"epoch {epoch} was promoted, though {known} was acknowledged"]
+        # with nothing in flight, the primary's digest is that of the epoch that was acknowledged last
+        if epoch == known and not self.last["in_flight"] and self.last["digest"] != self.promoted["digest"]:
+            return [f"epoch {epoch} has digest {self.promoted['digest']} here, and had {self.last['digest']} there"]
+        return []
 
     def within_an_epoch(self) -> bool:
         """The primary died when a part of an epoch had arrived, which is gone."""
