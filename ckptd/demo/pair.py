@@ -66,7 +66,7 @@ class Killed:
     """The primary's end.
 
     `receiving`: the epoch that the secondary had a part of, 0 if none; `acknowledged` and `released`: what the primary
-    had been told, and had let go of. `at`: monotonic seconds.
+    had been told, and had let go of. `at`: monotonic seconds, when all of it was dead.
     """
 
     receiving: int
@@ -151,9 +151,9 @@ class Pair:
         self.last = self.primary.status()
         receiving = self._freeze_at(moment, seconds)
         self.primary.kill()
-        at = time.monotonic()
         if host:
             kill_guest(self._here)
+        at = time.monotonic()
         self.killed = Killed(receiving, self.last["epoch"], self._released(), at)
         return self.killed
 
