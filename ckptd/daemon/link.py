@@ -46,7 +46,7 @@ class Link:
         self._queue: deque[memoryview] = deque()
         self.queued = 0
         self.sent_bytes = self.received_bytes = 0
-        self._writing = self._held = False
+        self._writing = self._held = self._broken = False
         self._room: list[tuple[int, asyncio.Future[None]]] = []
         self.error: CkptdError | None = None
         self._loop.add_reader(self._fd, self._readable)
@@ -63,7 +63,7 @@ class Link:
 
         They must stay unchanged until `queued` is below what it is now.
         """
-        if self.error is not None:
+        if self.error is not None or self._broken:
             return
         for buffer in buffers:
             view = memoryview(buffer).cast("B") if not isinstance(buffer, bytes) else memoryview(buffer)
@@ -100,7 +100,12 @@ class Link:
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
-            self.end(TransportError(f"the link broke while sending: {error.strerror or error}"))
+            broken = TransportError(f"the link broke while sending: {error.strerror or error}")
+            self._broken = True
+            if self._writing:
+                self._writing = False
+                self._loop.remove_writer(self._fd)
+            self._loop.call_soon(self._hear_out, broken)
             return
         if bool(queue) != self._writing:
             self._writing = bool(queue)
@@ -120,6 +125,12 @@ class Link:
                 future.set_result(None)
             else:
                 self._room.append((limit, future))
+
+    def _hear_out(self, broken: TransportError) -> None:
+        """Before it closed, the peer may have said why: that is what the operator must read."""
+        if self.error is None and not self._held:
+            self._readable()
+        self.end(broken)
 
     # --- in
 

@@ -25,7 +25,7 @@ from ckptd.config import Adaptive, Checkpoint, PrimaryConfig
 from ckptd.daemon.condition import Condition
 from ckptd.daemon.link import Link, connect
 from ckptd.daemon.pacing import Pacer
-from ckptd.daemon.requests import Request, serve
+from ckptd.daemon.requests import Request, cause_of, serve
 from ckptd.daemon.shipper import Flight, Shipper
 from ckptd.errors import CkptdError, DigestMismatch, Fenced, Refused, StateError, TransportError
 from ckptd.guests.base import Guest
@@ -128,9 +128,10 @@ class PrimaryDaemon:
         while not self._stopping:
             try:
                 await self._session()
-            except (Fenced, CkptdError) as error:
+            except CkptdError as error:
                 if not self.guest.alive():
                     raise
+                error = cause_of(error, self._link)
                 if isinstance(error, Fenced):
                     await self._fence(error)
                 elif not self._stopping:

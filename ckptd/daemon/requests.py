@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckptd.daemon.link import Link
 from ckptd.daemon.shipper import Flight
-from ckptd.errors import CkptdError, Fenced, StateError, VerifyFailed
+from ckptd.errors import CkptdError, Fenced, LocalProtocolError, StateError, VerifyFailed
 from ckptd.protocol.primary import PrimaryMachine
 
 if TYPE_CHECKING:
     from ckptd.daemon.primary import PrimaryDaemon
 
-__all__ = ["Request", "serve"]
+__all__ = ["Request", "cause_of", "serve"]
 
 
 @dataclass(slots=True)
@@ -39,11 +39,18 @@ async def serve(daemon: PrimaryDaemon, request: Request, link: Link, machine: Pr
     except VerifyFailed as error:
         request.fail(error)
     except CkptdError as error:
-        request.fail(error)
+        request.fail(cause_of(error, link))
         raise
     else:
         if not request.answer.done():
             request.answer.set_result(answer)
+
+
+def cause_of(error: CkptdError, link: Link | None) -> CkptdError:
+    """Whoever sends after the peer's last word is stopped by the machine; what ended the link is the cause."""
+    if isinstance(error, LocalProtocolError) and link is not None and link.error is not None:
+        return link.error
+    return error
 
 
 async def _checkpoint(daemon: PrimaryDaemon, link: Link, machine: PrimaryMachine) -> dict[str, Any]:
