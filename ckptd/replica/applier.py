@@ -27,7 +27,7 @@ __all__ = ["Applier"]
 
 _SETTLE_BYTES = 256 << 20
 _SETTLE_EPOCHS = 16
-_LARGE = 4  # an epoch that needs more than this part of history's bytes begins history anew
+_LARGE = 16  # an epoch that needs more than this part of history's bytes begins history anew
 
 
 class Applier:
@@ -52,16 +52,18 @@ class Applier:
     def apply(self, record: EpochRecord, term: int) -> None:
         """Undo, pages, meta, and what history lets go, in this order."""
         meta, commit = self._meta.meta, record.commit
+        anew = replace(meta, first=record.epoch, first_chain=meta.chain)
         if not self._journal.history:
-            meta = replace(meta, first=record.epoch, first_chain=meta.chain)
+            meta = anew
+        elif 2 * record.page_count * PAGE_SIZE > self._journal.history_bytes // _LARGE:
+            meta = anew  # before the image changes: without an undo nothing leads back from here
+            self._meta.write(meta)
         else:
             try:
-                if 2 * record.page_count * PAGE_SIZE > self._journal.history_bytes // _LARGE:
-                    raise NoSpace("so large an epoch would push out most of history by itself", epoch=record.epoch)
                 self._undo(record)
             except NoSpace:  # history gives way, the guest's protection does not
                 self._journal.make_room()
-                meta = replace(meta, first=record.epoch, first_chain=meta.chain)
+                meta = anew
                 self._meta.write(meta)
         self._hook("apply: undo")
         for index, (pages, payload) in enumerate(record.pages):

@@ -56,8 +56,9 @@ class Journal:
         self._directory = directory
         usual = min(reserve, _USUAL, history_bytes // (2 * history + 3)) if history else reserve
         size = max(_STEP, usual)
-        self._segments = Pool(directory, ".seg", size, reserve, history_bytes)
-        self._undos = Pool(directory, ".undo", size, reserve, history_bytes)
+        most, ahead = max(reserve, history_bytes // 2), min(8, history // 12)
+        self._segments = Pool(directory, ".seg", size, reserve, most, ahead)
+        self._undos = Pool(directory, ".undo", size, reserve, most, ahead)
         self._expected = 0  # bytes: epochs are about as large as the one before
         self.segments: dict[int, Segment] = {}
         self.undos: dict[int, Segment] = {}

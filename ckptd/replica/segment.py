@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 from crc32c import crc32c
 
-from ckptd.errors import CkptdError, CorruptFrame, JournalError, NoSpace
+from ckptd.errors import CkptdError, CorruptFrame, JournalError, NoSpace, ReplicaError
 from ckptd.memory.batch import RAW
 from ckptd.memory.hashing import PageHasher, Rows, same
 from ckptd.memory.regions import Geometry
@@ -147,14 +147,19 @@ class Pool:
     making and removing files; they go once a run of small ones shows that the large ones are over.
     """
 
-    def __init__(self, directory: Path, suffix: str, size: int, keep: int, large: int) -> None:
-        """New files have `size` bytes; files above `keep` bytes are large: two are kept, of at most `large` bytes."""
+    def __init__(self, directory: Path, suffix: str, size: int, keep: int, most: int, ahead: int) -> None:
+        """New files have `size` bytes; files above `keep` bytes are large: two are kept, of at most `most` bytes.
+
+        At most `most` bytes of others are kept. So many as `ahead` says are made beforehand by a thread.
+        """
         self._directory, self._suffix, self._size = directory, suffix, size
-        self._keep, self._large = max(size, keep), large
+        self._keep, self._most, self._ahead = max(size, keep), max(size, most), ahead
         self._free: list[Segment] = []
         self._lock = threading.Lock()
         self._numbers = count(1)
         self._small_takes = 0
+        self._making: threading.Thread | None = None
+        self._closed = False
 
     def take(self, name: str, expected: int = 0) -> Segment:
         """An empty segment of this name, for about so many bytes. Raises NoSpace."""
@@ -167,6 +172,9 @@ class Pool:
             self._small_takes = 0 if expected > self._keep else self._small_takes + 1
             if self._small_takes > _LARGE_ARE_OVER:
                 self._unlink([one for one in self._free if one.size > self._keep])
+            if len(self._free) < self._ahead and not (self._making and self._making.is_alive()):
+                self._making = threading.Thread(target=self._make_ahead, name="segments", daemon=True)
+                self._making.start()
         return segment or Segment(self._directory / name, max(self._size, expected))
 
     def _fit(self, expected: int) -> Segment | None:
@@ -181,16 +189,32 @@ class Pool:
         """Take back a segment that no epoch needs any more."""
         with self._lock:
             if segment.size > self._keep:
-                spare = sum(one.size > self._keep for one in self._free) < 2 and segment.size <= self._large
+                spare = sum(one.size > self._keep for one in self._free) < 2 and segment.size <= self._most
             else:
                 usual = [one.size for one in self._free if one.size <= self._keep]
-                spare = len(usual) < 2 or sum(usual) + segment.size <= self._keep
+                spare = len(usual) < 2 or sum(usual) + segment.size <= self._most
             if not spare:
                 segment.unlink()
                 return
             segment.rename(f"free-{next(self._numbers)}{self._suffix}")
             segment.settle()
             self._free.append(segment)
+
+    def _make_ahead(self) -> None:
+        """Allocating and zeroing a file takes as long as receiving an epoch: do it beside the epochs."""
+        for _ in range(self._ahead):
+            found = os.statvfs(self._directory)
+            if found.f_bavail * found.f_frsize < 16 * self._size:
+                return
+            name = f"free-{next(self._numbers)}{self._suffix}"
+            with suppress(ReplicaError):
+                segment = Segment(self._directory / name, self._size)
+                segment.settle()
+                with self._lock:
+                    if self._closed:
+                        segment.unlink()
+                        return
+                    self._free.append(segment)
 
     def _unlink(self, segments: list[Segment]) -> None:
         for segment in segments:
@@ -205,8 +229,10 @@ class Pool:
         return drained
 
     def close(self) -> None:
-        for segment in self._free:
-            segment.forget()
+        with self._lock:
+            self._closed = True
+            for segment in self._free:
+                segment.forget()
 
 
 @dataclass(frozen=True, slots=True)
