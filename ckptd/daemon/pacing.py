@@ -2,17 +2,18 @@
 in.
 
 Deadlines are absolute, so one slow epoch does not shift all that follow; deadlines that were missed are skipped, not
-made up for. The adaptive interval aims at `target_lag`, the time from a store in the guest to its acknowledgement:
-interval + commit time. It grows quickly when the lag is above the target or the link pushes back, and shrinks slowly
-when it is below (additive decrease, multiplicative increase), within min and max.
+made up for. The adaptive interval aims at `target_lag`, the longest time from a store in the guest to its acknowledgement: interval
++ commit time. Where a commit takes longer than the interval the link or the secondary pushes back, and the interval
+grows quickly; else it shrinks slowly while the lag is above the target and grows slowly while it is below, within min
+and max.
 """
 
 from __future__ import annotations
 
 __all__ = ["Pacer"]
 
-_GROW = 1.25
-_SHRINK = 0.96
+_YIELD = 1.25
+_GROW, _SHRINK = 1.04, 0.96
 
 
 class Pacer:
@@ -39,6 +40,8 @@ class Pacer:
         """An epoch was acknowledged this long after its checkpoint began."""
         if self._least == self._most:
             return
-        lag = self.interval + commit_ns
-        factor = _GROW if lag > self._target or commit_ns > self.interval else _SHRINK
+        # A lag above the target is no reason to grow: that would make it longer still, up to max, for good.
+        factor = _SHRINK if self.interval + commit_ns > self._target else _GROW
+        if commit_ns > self.interval:
+            factor = _YIELD
         self.interval = round(min(max(self.interval * factor, self._least), self._most))
