@@ -32,7 +32,6 @@ from ckptd.config.values import (
     power_of_two,
     sizes,
     write_duration,
-    write_size,
     wrong,
 )  # fmt: skip
 from ckptd.units import PAGE_SIZE
@@ -163,16 +162,10 @@ class Checkpoint(_Section):
     level: Literal["memory", "durable"] = "memory"
     window: Annotated[int, limits(1, 64)] = 4
     stage: Annotated[Size, sizes(MIB, TIB)] = 64 * MIB
-    batch: Annotated[Size, sizes(256 * KIB, 4 * MIB)] = MIB
+    batch: Annotated[Size, sizes(256 * KIB, 4 * MIB)] = 4 * MIB
     encoding: Literal["raw", "xor-lz4", "auto"] = "raw"
     delta_cache: Annotated[Size, sizes(0, TIB)] = 64 * MIB
     max_iterations: Annotated[int, limits(1, 1000)] = 30
-
-    @model_validator(mode="after")
-    def _batch_fits(self) -> Self:
-        if self.batch > self.stage:
-            raise wrong(f"stage ({write_size(self.stage)}) must hold a batch ({write_size(self.batch)})")
-        return self
 
 
 class PrimaryLink(_Link):

@@ -2,10 +2,10 @@
 in.
 
 Deadlines are absolute, so one slow epoch does not shift all that follow; deadlines that were missed are skipped, not
-made up for. The adaptive interval aims at `target_lag`, the longest time from a store in the guest to its acknowledgement: interval
-+ commit time. Where a commit takes longer than the interval the link or the secondary pushes back, and the interval
-grows quickly; else it shrinks slowly while the lag is above the target and grows slowly while it is below, within min
-and max.
+made up for. The adaptive interval aims at `target_lag`, the longest time from a store in the guest to its
+acknowledgement: interval + commit time. Where a commit takes longer than the interval the link or the secondary pushes
+back, and the interval grows quickly; else it shrinks slowly while the lag is above the target and grows slowly while
+it is below, within min and max.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class Shipper:
         self.counters = Counters()
         self.pause_ms, self.commit_ms = Recent(), Recent()
         self._stage: Rows = np.zeros((max(1, stage_bytes // PAGE_SIZE), PAGE_SIZE), dtype=np.uint8)
-        self.batch_pages = batch_bytes // PAGE_SIZE
+        self.batch_pages = min(batch_bytes // PAGE_SIZE, self.stage_pages)
         self.encoding: Encoding = encoding
         self._cache = DeltaCache(cache_bytes) if encoding != "raw" and cache_bytes else None
         self._cache_bytes = cache_bytes
@@ -98,7 +98,7 @@ class Shipper:
 
     def retune(self, *, batch_bytes: int, encoding: Encoding) -> None:
         """New values from a changed configuration, between epochs."""
-        self.batch_pages = batch_bytes // PAGE_SIZE
+        self.batch_pages = min(batch_bytes // PAGE_SIZE, self.stage_pages)
         if encoding != "raw" and self._cache is None and self._cache_bytes:
             self._cache = DeltaCache(self._cache_bytes)
         self.encoding = encoding
