@@ -42,7 +42,12 @@ class ControlServer:
 
     async def start(self) -> None:
         """Bind the socket. Raises ConfigError when another daemon answers there."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make the control socket's directory: {error.strerror}", key="runtime.socket", file=self._path
+            ) from error
         if _answers(self._path):
             raise ConfigError(
                 f"another daemon answers on {self._path}", hint="end it, or give this one another runtime.dir"
