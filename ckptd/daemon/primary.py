@@ -44,7 +44,7 @@ from ckptd.protocol.primary import (
 __all__ = ["PrimaryDaemon"]
 
 _CALM = 0.005  # seconds before a guest that waits for its gate is looked at again
-_FAREWELL = 0.5  # seconds for the last words on the link
+_FAREWELL = 1.0  # seconds for the last words on the link
 _FENCING = ("stale_term", "promoted")
 
 
@@ -203,7 +203,8 @@ class PrimaryDaemon:
         welcome = await self._welcome
         self._welcomed_at = time.monotonic_ns()
         self._log.info("connected", secondary=f"{host}:{port}", holds=welcome.holding, epoch=welcome.epoch)
-        for flight in self.shipper.settle(welcome.epoch):
+        # A replica that was lost says "partial" and keeps its number: nothing is safe there, whatever was on its way.
+        for flight in self.shipper.settle(welcome.epoch if welcome.holding == "committed" else 0):
             self._safe(flight)
         self.acknowledged_epoch = welcome.epoch
         await self._agree(link, machine, welcome)

@@ -204,7 +204,7 @@ class Shipper:
         flight = Flight(machine.epoch + 1)
         self.flights.append(flight)
         enough = self.stage_pages // 4
-        if final or not self.continuous or self.pending.overflowed or self.pending.pages > self.stage_pages:
+        if final or not self.continuous or self.pending.overflowed:
             await self.precopy(link, machine, flight, most=most, enough=enough)
         await link.room(0)
         while True:
@@ -220,7 +220,9 @@ class Shipper:
                     self.pending = dirty
                     await self.guest.resume()
                     running = True
-                    await self.precopy(link, machine, flight, most=most, enough=enough)
+                    # An epoch that is too large already is not made larger: what one iteration leaves is sent from the
+                    # paused guest, which is also what slows a guest that dirties memory faster than it can be sent.
+                    await self.precopy(link, machine, flight, most=1 if self.continuous else most, enough=enough)
                     await link.room(0)
                     continue
                 flight.dirty.append(dirty)
@@ -300,7 +302,10 @@ class Shipper:
         """Hash, drop what the secondary has already, encode, send."""
         table, counters = self._known, self.counters
         hashes = table.hasher.hash_rows(rows)
-        changed = np.flatnonzero(table.differing(region, gfns, hashes))
+        if scan or not flight.iterations:
+            changed = np.flatnonzero(table.differing(region, gfns, hashes))
+        else:  # an earlier iteration may have sent this page torn: that it is as it was before says nothing
+            changed = np.arange(len(gfns), dtype=np.int64)
         if not scan:
             counters.unchanged_pages += len(gfns) - len(changed)
         if not len(changed):

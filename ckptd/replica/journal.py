@@ -27,6 +27,7 @@ __all__ = ["HistoryEntry", "Journal"]
 
 _NAME = re.compile(r"epoch-(\d+)\.(seg|undo)")
 _STEP = 1 << 20
+_AHEAD = 8  # files made beforehand, where history is long enough to be worth a thread
 _USUAL = 8 << 20  # a new file's size where there will be many: larger epochs make theirs grow, once
 
 
@@ -55,8 +56,8 @@ class Journal:
         self.history, self.history_bytes = history, history_bytes
         self._directory = directory
         usual = min(reserve, _USUAL, history_bytes // (2 * history + 3)) if history else reserve
-        size = max(_STEP, usual)
-        most, ahead = max(reserve, history_bytes // 2), min(8, history // 12)
+        size = max(_STEP, usual // _STEP * _STEP)
+        most, ahead = max(reserve, history_bytes // 2), _AHEAD if history >= 8 * _AHEAD else 0
         self._segments = Pool(directory, ".seg", size, reserve, most, ahead)
         self._undos = Pool(directory, ".undo", size, reserve, most, ahead)
         self._expected = 0  # bytes: epochs are about as large as the one before
@@ -109,6 +110,8 @@ class Journal:
     def first_to_keep(self, first: int, newest: int) -> int:
         """The oldest epoch that the limits let history keep, not before `first`."""
         wanted = max(first, newest - self.history)
+        if newest - wanted > 1 and (self._segments.starved or self._undos.starved):
+            wanted += 1  # history deepens as fast as files can be made for it, and no epoch waits for them
         if wanted < newest:
             total = sum(self._cost(epoch) for epoch in range(wanted, newest))
             while wanted < newest and total > self.history_bytes:

@@ -34,7 +34,8 @@ __all__ = ["EpochRecord", "FrameAt", "Pool", "Segment", "read_epoch", "read_fram
 _STEP = 1 << 20
 _LARGE_ARE_OVER = 32  # takes
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of madvise(2), which the mmap module does not name
-_MOST_AHEAD = 128 << 20  # bytes that a segment grows by beyond what is asked for
+_LEAST_AHEAD = 4 << 20  # bytes that a segment grows by, at least
+_FAR_TOO_LARGE = 3  # times what is expected: such a file gives its blocks back
 
 
 class Segment:
@@ -66,7 +67,7 @@ class Segment:
         needed = self.used + length
         if needed > self.size:
             try:
-                self._grow_to(_round(max(needed, min(2 * self.size, self.size + _MOST_AHEAD))))
+                self._grow_to(_round(max(needed, self.size + max(_LEAST_AHEAD, self.size // 4))))
             except NoSpace:
                 self._grow_to(_round(needed))
 
@@ -108,6 +109,14 @@ class Segment:
             os.close(self._fd)
             self._fd = -1
 
+    def shrink(self, size: int) -> None:
+        """Give back what lies behind `size`; nobody may have a view of it."""
+        if size < self.size:
+            self._open()
+            os.ftruncate(self._fd, size)
+            self.size = size
+            self._remap(populate=True)
+
     def forget(self) -> None:
         """Let go of the mapping, which lives on while somebody has a view of it, and leave the file."""
         self.settle()
@@ -119,15 +128,18 @@ class Segment:
         self.path.unlink(missing_ok=True)
 
     def _grow_to(self, size: int) -> None:
-        if self._fd < 0:
-            with saying("open a segment", self.path):
-                self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        self._open()
         allocate(self._fd, self.size, size - self.size, self.path)
         old, self.size = self.size, size
         self._remap(populate=not old)
         if old and self._map is not None:
             with suppress(OSError, ValueError):  # only a kernel before 5.14 says no; the pages then come one by one
                 self._map.madvise(_POPULATE_WRITE, old, size - old)
+
+    def _open(self) -> None:
+        if self._fd < 0:
+            with saying("open a segment", self.path):
+                self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
 
     def _remap(self, *, populate: bool) -> None:
         """A new mapping of the whole file. Views of the old one stay valid: both show the same pages."""
@@ -157,13 +169,14 @@ class Pool:
         self._free: list[Segment] = []
         self._lock = threading.Lock()
         self._numbers = count(1)
-        self._small_takes = 0
+        self._small_takes = self._expected = 0
         self._making: threading.Thread | None = None
         self._closed = False
 
     def take(self, name: str, expected: int = 0) -> Segment:
         """An empty segment of this name, for about so many bytes. Raises NoSpace."""
         with self._lock:
+            self._expected = expected
             segment = self._fit(expected)
             if segment is not None:
                 self._free.remove(segment)
@@ -196,9 +209,17 @@ class Pool:
             if not spare:
                 segment.unlink()
                 return
+            usual_size = _round(max(self._size, self._expected))
+            if self._keep >= segment.size > _FAR_TOO_LARGE * usual_size:
+                segment.shrink(usual_size)
             segment.rename(f"free-{next(self._numbers)}{self._suffix}")
             segment.settle()
             self._free.append(segment)
+
+    @property
+    def starved(self) -> bool:
+        """The thread that makes files does not keep up: an epoch would soon have to wait for one."""
+        return self._ahead > 0 and len(self._free) < 2
 
     def _make_ahead(self) -> None:
         """Allocating and zeroing a file takes as long as receiving an epoch: do it beside the epochs."""
