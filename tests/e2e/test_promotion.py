@@ -67,6 +67,15 @@ def promote(pair: Pair) -> dict[str, object] | None:
         return None
 
 
+def discarded(pair: Pair) -> bool:
+    """False while the secondary has not seen its guest's end."""
+    try:
+        return bool(pair.secondary.wish("discard"))
+    except Answered as error:
+        assert "the guest runs here" in error.message
+        return False
+
+
 def test_promotion_by_force_fences_the_old_primary(make_pair: Make) -> None:
     pair = make_pair().start()
     pair.advances("outputs_released", 20)
@@ -175,7 +184,9 @@ def test_a_link_cut_in_a_switchover_leaves_one_guest(make_pair: Make, moment: st
 def test_a_verification_whose_link_breaks_pauses_nothing_for_good(make_pair: Make) -> None:
     pair = make_pair(relay=True, checkpoint={"interval": "1min"}).start_quietly()
     assert pair.relay is not None
-    for count, (way, kind) in enumerate([("up", Type.STATE), ("up", Type.VERIFY), ("down", Type.VERIFIED)], 1):
+    wait_for(lambda: pair.steps() > 200, "a large epoch, so that the link breaks while it is being sent")
+    cuts = [("up", Type.PAGES), ("up", Type.STATE), ("up", Type.VERIFY), ("down", Type.VERIFIED)]
+    for count, (way, kind) in enumerate(cuts, 1):
         pair.relay.set(way, cut_before=frame_of(kind))  # type: ignore[arg-type]
         with pytest.raises(Answered):
             pair.primary.wish("verify")
@@ -198,7 +209,7 @@ def test_a_standby_that_died_is_replaced(make_pair: Make) -> None:
     pair.check_outputs()
     # the promoted guest ends; the place can be used again
     pair.kill_guest("s")
-    pair.secondary.wish("discard")
+    wait_for(lambda: discarded(pair), "discarded")
     outputs = pair.root / "p" / "output"
     outputs.unlink()
     (pair.root / "s" / f"{GUEST}.output").unlink()
