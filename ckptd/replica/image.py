@@ -18,7 +18,7 @@ from ckptd.memory.dirtyset import Gfns
 from ckptd.memory.hashing import Rows
 from ckptd.memory.regions import Geometry
 from ckptd.protocol.pages import Pages
-from ckptd.replica.files import allocate, image_names, map_file, saying, sync_file
+from ckptd.replica.files import allocate, image_names, map_file, populate, saying, sync_file
 from ckptd.replica.segment import rows_of
 from ckptd.units import PAGE_SIZE
 
@@ -44,7 +44,8 @@ class Image:
                 if create:
                     allocate(fd, 0, region.size_bytes, path)
                 with saying("map an image file", path):
-                    self._maps.append(map_file(fd, region.size_bytes, populate=False))
+                    self._maps.append(map_file(fd, region.size_bytes))
+                populate(self._maps[-1], 0, region.size_bytes, write=create)
                 self.rows.append(np.frombuffer(self._maps[-1], dtype=np.uint8).reshape(-1, PAGE_SIZE))
         except BaseException:
             self.close()

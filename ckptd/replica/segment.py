@@ -26,14 +26,14 @@ from ckptd.memory.regions import Geometry
 from ckptd.protocol.messages import Commit, Output, State, decode
 from ckptd.protocol.pages import Pages, decode_pages
 from ckptd.protocol.wire import HEADER_SIZE, Buffer, Header, Type, unpack_header
-from ckptd.replica.files import allocate, map_file, saying, sync_file
+from ckptd.replica.files import allocate, map_file, populate, saying, sync_file
 from ckptd.units import PAGE_SIZE
 
 __all__ = ["EpochRecord", "FrameAt", "Pool", "Segment", "read_epoch", "read_frames", "rows_of"]
 
 _STEP = 1 << 20
 _LARGE_ARE_OVER = 32  # takes
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of madvise(2), which the mmap module does not name
+_SPAN = 4 << 30  # bytes of address space for each segment
 _LEAST_AHEAD = 4 << 20  # bytes that a segment grows by, at least
 _FAR_TOO_LARGE = 3  # times what is expected: such a file gives its blocks back
 
@@ -41,7 +41,7 @@ _FAR_TOO_LARGE = 3  # times what is expected: such a file gives its blocks back
 class Segment:
     """One file of frames. `used` bytes of it are frames; `size` bytes are allocated and mapped."""
 
-    __slots__ = ("_fd", "_map", "path", "size", "used", "view")
+    __slots__ = ("_fd", "_map", "_span", "path", "size", "used", "view")
 
     def __init__(self, path: Path, size: int) -> None:
         """Create the file with `size` bytes, or map the one that exists. Raises NoSpace, leaving nothing behind."""
@@ -51,11 +51,12 @@ class Segment:
         self.path, self.used, self.size = path, 0, os.fstat(self._fd).st_size
         self.view = memoryview(b"")
         self._map: mmap.mmap | None = None
+        self._span = 0
         try:
             if not existed:
                 self._grow_to(_round(size))
             elif self.size:
-                self._remap(populate=False)
+                self.view = memoryview(self._map_for(self.size))[: self.size]
         except BaseException:
             self.forget()
             if not existed:
@@ -115,7 +116,7 @@ class Segment:
             self._open()
             os.ftruncate(self._fd, size)
             self.size = size
-            self._remap(populate=True)
+            self.view = self.view[:size]
 
     def forget(self) -> None:
         """Let go of the mapping, which lives on while somebody has a view of it, and leave the file."""
@@ -129,23 +130,37 @@ class Segment:
 
     def _grow_to(self, size: int) -> None:
         self._open()
-        allocate(self._fd, self.size, size - self.size, self.path)
-        old, self.size = self.size, size
-        self._remap(populate=not old)
-        if old and self._map is not None:
-            with suppress(OSError, ValueError):  # only a kernel before 5.14 says no; the pages then come one by one
-                self._map.madvise(_POPULATE_WRITE, old, size - old)
+        old = self.size
+        allocate(self._fd, old, size - old, self.path)
+        self.size = size
+        if size > self._span:
+            self._map_for(size)
+            old = 0
+        assert self._map is not None
+        self.view = memoryview(self._map)[:size]
+        populate(self._map, old, size - old)
 
     def _open(self) -> None:
         if self._fd < 0:
             with saying("open a segment", self.path):
                 self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
 
-    def _remap(self, *, populate: bool) -> None:
-        """A new mapping of the whole file. Views of the old one stay valid: both show the same pages."""
+    def _map_for(self, size: int) -> mmap.mmap:
+        """Map much more than the file has, so that it can grow within the mapping: its page tables are worth keeping.
+
+        Nothing beyond `size` is ever touched: that would be SIGBUS. Views of an older mapping stay valid.
+        """
         with saying("map a segment", self.path):
-            self._map = map_file(self._fd, self.size, populate=populate)
-        self.view = memoryview(self._map)
+            self._span = max(_SPAN, 4 * size)
+            try:
+                os.ftruncate(self._fd, self._span)  # the mmap module maps no more than the file has
+                self._map = map_file(self._fd, self._span)
+            except OSError:  # a file system with small files
+                self._span = size
+                self._map = map_file(self._fd, size)
+            finally:
+                os.ftruncate(self._fd, size)
+        return self._map
 
 
 def _round(size: int) -> int:
@@ -171,13 +186,14 @@ class Pool:
         self._numbers = count(1)
         self._small_takes = self._expected = 0
         self._making: threading.Thread | None = None
-        self._closed = False
+        self._closed = self._missed = False
 
     def take(self, name: str, expected: int = 0) -> Segment:
         """An empty segment of this name, for about so many bytes. Raises NoSpace."""
         with self._lock:
             self._expected = expected
             segment = self._fit(expected)
+            self._missed = segment is None
             if segment is not None:
                 self._free.remove(segment)
                 segment.rename(name)
@@ -218,8 +234,8 @@ class Pool:
 
     @property
     def starved(self) -> bool:
-        """The thread that makes files does not keep up: an epoch would soon have to wait for one."""
-        return self._ahead > 0 and len(self._free) < 2
+        """The thread that makes files does not keep up: the last epoch had to wait for one."""
+        return self._ahead > 0 and self._missed
 
     def _make_ahead(self) -> None:
         """Allocating and zeroing a file takes as long as receiving an epoch: do it beside the epochs."""
