@@ -19,7 +19,7 @@ def bench(
     memory: str | None = None,
     seconds: float = 60.0,
     rounds: int = 5,
-    batch: str = "1MiB",
+    batch: str = "4MiB",
     pages: int = 1000,
     interval: int = 10,
     tracker: Literal["bitmap", "ring"] = "bitmap",
