@@ -45,7 +45,6 @@ async def _primary(path: Path, term: int | None, replace: bool) -> None:
     loaded = load_primary(path, os.environ)
     settings = loaded.config
     set_up_log(settings.runtime.log_level, settings.runtime.log_format)
-    settings.runtime.dir.mkdir(parents=True, exist_ok=True)
     guest = guest_kind(settings.guest.kind).make_guest(settings.guest, settings.runtime.dir)
     daemon = PrimaryDaemon(settings, guest, term=term or 1, replace=replace)
     control = ControlServer(settings.runtime.socket, *primary_handlers(daemon))

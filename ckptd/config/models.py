@@ -287,7 +287,7 @@ def _derived_runtime(raw: Mapping[str, Any], default: str, socket: str) -> tuple
 
 _RELOADABLE: dict[type[BaseModel], frozenset[str]] = {
     PrimaryConfig: frozenset(
-        {f"checkpoint.{key}" for key in Checkpoint.model_fields} - {"checkpoint.stage"}
+        {f"checkpoint.{key}" for key in Checkpoint.model_fields} - {"checkpoint.stage", "checkpoint.delta_cache"}
         | {"link.heartbeat", "link.timeout", "link.backoff_min", "link.backoff_max", "runtime.log_level"}
     ),
     SecondaryConfig: frozenset(

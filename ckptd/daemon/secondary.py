@@ -31,6 +31,9 @@ from ckptd.replica.replica import Replica
 __all__ = ["Protected", "SecondaryDaemon"]
 
 
+_ACCEPT_AGAIN = 1.0  # seconds
+
+
 class Protected:
     """One configured guest: its replica, its standby, and the session of its primary, if there is one."""
 
@@ -160,6 +163,9 @@ class SecondaryDaemon:
                 return
             except OSError as error:
                 self._log.warning("cannot accept a connection", reason=error.strerror)
+                loop = asyncio.get_running_loop()  # out of descriptors, most likely: again at once changes nothing
+                loop.remove_reader(self._listener.fileno())
+                loop.call_later(_ACCEPT_AGAIN, self._accept_again)
                 return
             peer = f"{address[0]}:{address[1]}"
             if len(self._sessions) >= self.config.link.max_connections:
@@ -168,6 +174,10 @@ class SecondaryDaemon:
                 continue
             tune(sock, self.config.link.buffer)
             self._sessions.add(Session(self, sock, peer))
+
+    def _accept_again(self) -> None:
+        if self._listener is not None and not self._stop.is_set():
+            asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
 
     def ended(self, session: Session) -> None:
         """A session is over."""
@@ -243,27 +253,19 @@ class SecondaryDaemon:
         return {"guest": guest.entry.name, "epochs": [entry.as_dict() for entry in guest.replica.history()]}
 
     async def restore(self, name: str | None, epoch: int, out: Path) -> dict[str, Any]:
-        """Write the image as of a retained epoch; commits wait meanwhile."""
+        """Write the image as of a retained epoch; commits go on meanwhile."""
         guest = self.find(name)
-        return await self._with_still_replica(guest, lambda: restore(guest.replica, epoch, out).as_dict())
+        return await self._beside_commits(guest, lambda: restore(guest.replica, epoch, out).as_dict())
 
     async def record(self, name: str | None, out: Path) -> dict[str, Any]:
         """Write the retained history as one recording."""
         guest = self.find(name)
-        return await self._with_still_replica(guest, lambda: export(guest.replica, out).as_dict())
+        return await self._beside_commits(guest, lambda: export(guest.replica, out).as_dict())
 
-    async def _with_still_replica(self, guest: Protected, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    async def _beside_commits(self, guest: Protected, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if guest.replica.holding != "committed":
             raise StateError(f"the replica is {guest.replica.holding}, not at a committed epoch")
-        async with guest.busy:
-            session = guest.session
-            if session is not None:
-                session.hold()
-            try:
-                return await asyncio.to_thread(work)
-            finally:
-                if session is not None:
-                    session.go_on()
+        return await asyncio.to_thread(work)  # not under `busy`: a promotion must not wait for it
 
     def status(self) -> dict[str, Any]:
         """All that an operator can ask for, as JSON."""

@@ -73,12 +73,6 @@ class Session:
     def retime(self, heartbeat: int, timeout: int) -> None:
         self._machine.retime(Timing(heartbeat, timeout))
 
-    def hold(self) -> None:
-        self._link.hold()
-
-    def go_on(self) -> None:
-        self._link.go_on()
-
     async def leave(self, text: str) -> None:
         """Close on purpose, once what is being made permanent is permanent."""
         if self._work is not None and self._work is not asyncio.current_task():
@@ -260,7 +254,12 @@ class Session:
             fresh.rehash(replica.images)
             return fresh.digest
 
-        self._link.send(self._machine.verified(await asyncio.to_thread(digest)))
+        found = await asyncio.to_thread(digest)
+        self._link.send(self._machine.verified(found))
+        if found != replica.digest:
+            text = f"its digest is {found.hex()}, the committed one {replica.digest.hex()}: storage changed it"
+            await asyncio.to_thread(replica.distrust, text)
+            await self._link.flush_and_end(ReplicaError(f"the image is INCONSISTENT: {text}", epoch=replica.epoch))
 
     async def _hand_over(self) -> None:
         guest = self._guest

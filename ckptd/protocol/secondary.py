@@ -148,7 +148,7 @@ class SecondaryMachine(Peer):
         """Go straight to READY: the frames of a recording follow."""
         self.state = _S.READY
         self.term = holding.term
-        self._collector = Collector(holding)
+        self._collector = Collector(holding, from_files=True)
 
     def table_frames(self) -> Iterator[Buffers]:
         """The hash of every page, in frames of at most 4 MiB."""

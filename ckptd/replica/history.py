@@ -75,7 +75,11 @@ def restore(source: Replica | Path, epoch: int, out: Path) -> Restored:
         with saying("make the directory", out):
             out.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            image, record = restore_image(replica, epoch, out)
+            try:
+                image, record = restore_image(replica, epoch, out)
+            except StateError:  # nothing was written
+                out.rmdir()
+                raise
             image.close()
             (out / "state").write_bytes(record.state)
             (out / "output").write_bytes(record.held)

@@ -27,7 +27,8 @@ __all__ = ["HistoryEntry", "Journal"]
 
 _NAME = re.compile(r"epoch-(\d+)\.(seg|undo)")
 _STEP = 1 << 20
-_AHEAD = 8  # files made beforehand, where history is long enough to be worth a thread
+_AHEAD = 8  # files made beforehand, by a thread ...
+_WORTH = 4 << 20  # ... where they are so large that making one takes milliseconds, and history needs many
 _USUAL = 8 << 20  # a new file's size where there will be many: larger epochs make theirs grow, once
 
 
@@ -57,7 +58,7 @@ class Journal:
         self._directory = directory
         usual = min(reserve, _USUAL, history_bytes // (2 * history + 3)) if history else reserve
         size = max(_STEP, usual // _STEP * _STEP)
-        most, ahead = max(reserve, history_bytes // 2), _AHEAD if history >= 8 * _AHEAD else 0
+        most, ahead = max(reserve, history_bytes // 2), _AHEAD if history >= 8 * _AHEAD and size >= _WORTH else 0
         self._segments = Pool(directory, ".seg", size, reserve, most, ahead)
         self._undos = Pool(directory, ".undo", size, reserve, most, ahead)
         self._expected = 0  # bytes: epochs are about as large as the one before

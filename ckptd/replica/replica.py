@@ -246,6 +246,14 @@ class Replica:
             self._apply_pending(self._applier)
             self._applier.settle_if_due()
 
+    def distrust(self, reason: str) -> None:
+        """committed -> partial: the image is not what was committed, and must not be promoted (P2). Rehash, resync."""
+        with self._lock:
+            if self.holding != "committed":
+                return
+            self._meta.write_durably(replace(self._meta.meta, holding="partial", reason=reason))
+            self.holding, self.reason = "partial", reason
+
     def settle(self) -> None:
         """Write the image to stable storage now; at level durable it happens by itself, too. Raises ReplicaError."""
         if self._applier is not None and self.holding == "committed":
