@@ -79,6 +79,7 @@ class PrimaryDaemon:
         self.acknowledged_at = 0.0
         self._earlier_bytes = [0, 0]  # sent and received over links that are gone
         self._connections = 0
+        self._attached = False
         self._welcomed_at = 0  # monotonic ns; 0 once the first epoch after it is acknowledged
         self.resync_ms = 0.0  # from the last WELCOME to the first acknowledgement after it
         self._seed = int.from_bytes(os.urandom(8), "little")
@@ -93,6 +94,7 @@ class PrimaryDaemon:
         await self.guest.resume()
         if (fd := self.guest.attention()) is not None:
             asyncio.get_running_loop().add_reader(fd, self._guest_waits)
+        self._attached = True
         self._log.info("attached", memory=str(self.guest.geometry), run=self.guest.run.hex())
         try:
             await self._protect_forever()
@@ -159,6 +161,7 @@ class PrimaryDaemon:
     async def _leave(self) -> None:
         for request in self._drain_requests():
             request.fail(StateError("this daemon ends"))
+        self._attached = False
         if self.handed_over:
             await self.guest.end()
         elif self.guest.alive():
@@ -391,15 +394,18 @@ class PrimaryDaemon:
 
     def status(self) -> dict[str, Any]:
         """All that an operator can ask for, as JSON."""
-        shipper, gate, link = self.shipper, self.guest.gate, self._link
+        shipper, link = self.shipper, self._link
         counters = shipper.counters
+        # Before it is attached, and after it was let go, nothing is known of the guest but its description.
+        gate = self.guest.gate if self._attached else None
+        written, released = (gate.written, gate.released) if gate else (0, 0)
         return {
             "role": "primary", "guest": self.guest.name, "kind": self.guest.kind, **self.condition.as_dict(),
             "term": self.term, "epoch": self.acknowledged_epoch, "acknowledged_at": self.acknowledged_at,
             "in_flight": len(shipper.flights), "sending": bool(link and link.queued),
             "interval_ms": self.pacer.interval / 1e6,
             "memory_bytes": self.guest.geometry.size_bytes, "vcpus": self.guest.vcpus,
-            "tracker": self.guest.tracker.name,
+            "tracker": self.guest.tracker.name if self._attached else None,
             "secondary": self.config.secondary.address, "connections": self._connections,
             "wire_bytes": self._earlier_bytes[0] + (link.sent_bytes if link else 0),
             "epochs_committed": counters.epochs_committed, "epochs_rolled_back": counters.epochs_rolled_back,
@@ -407,9 +413,8 @@ class PrimaryDaemon:
             "zero_pages": counters.zero_pages, "delta_pages": counters.delta_pages, "raw_bytes": counters.raw_bytes,
             "rescans": counters.rescans, "resync_ms": round(self.resync_ms, 3),
             "pause_ms": shipper.pause_ms.summary(), "commit_ms": shipper.commit_ms.summary(),
-            "outputs_written": gate.written, "outputs_released": gate.released,
-            "outputs_held": gate.written - gate.released,
-            "gate_full": gate.full, "digest": shipper.table.digest.hex() if shipper.table else None,
+            "outputs_written": written, "outputs_released": released, "outputs_held": written - released,
+            "gate_full": gate.full if gate else False, "digest": shipper.table.digest.hex() if shipper.table else None,
             "progress": dict(shipper.progress) if self.condition.word == "resyncing" else None,
             "guest_facts": self.guest.facts(), "pid": os.getpid(),
         }  # fmt: skip

@@ -22,7 +22,7 @@ from ckptd.config import GuestEntry, SecondaryConfig
 from ckptd.daemon.condition import Condition
 from ckptd.daemon.link import tune
 from ckptd.daemon.session import Session
-from ckptd.errors import Inconsistent, StateError, TransportError
+from ckptd.errors import GuestError, Inconsistent, StateError, TransportError
 from ckptd.guests.base import Standby, guest_kind
 from ckptd.replica.history import restore
 from ckptd.replica.recording import export
@@ -42,9 +42,7 @@ class Protected:
         self.session: Session | None = None
         self.log = structlog.get_logger().bind(guest=entry.name)
         self.condition = Condition("waiting", "no primary has connected yet", self._report)
-        if replica.holding == "promoted":
-            self.condition.become("promoted", f"promoted at epoch {replica.epoch}")
-        elif replica.reason:
+        if replica.reason:
             self.condition.become("unprotected", f"INCONSISTENT: {replica.reason}")
         self.busy = asyncio.Lock()  # held while files of the replica are read or moved outside of a session
         self.committed_at = 0.0
@@ -55,6 +53,15 @@ class Protected:
         if not self.standby.alive():
             await self.standby.end()
         await self.standby.prepare()
+
+    async def find_promoted(self) -> str:
+        """What has become of the guest that was promoted here, as a reason for the operator."""
+        text = f"promoted at epoch {self.replica.epoch}"
+        try:
+            await self.standby.prepare()
+        except GuestError as error:
+            return f"{text}; its guest does not answer this daemon: {error.message}"
+        return text if self.standby.facts().get("active") else f"{text}, but its guest has ended"
 
     def _report(self, word: str, reason: str) -> None:
         self.log.info(word, reason=reason, epoch=self.replica.epoch)
@@ -91,10 +98,7 @@ class SecondaryDaemon:
         for entry in self.config.guest:
             self.guests[entry.name] = guest = self._open(entry)
             if guest.replica.holding == "promoted":  # the guest outlived the daemon that promoted it
-                await guest.standby.prepare()
-                if not guest.standby.facts().get("active"):
-                    reason = f"promoted at epoch {guest.replica.epoch}, but its guest has ended"
-                    guest.condition.become("promoted", reason)
+                guest.condition.become("promoted", await guest.find_promoted())
         loop = asyncio.get_running_loop()
         loop.add_reader(self._listener.fileno(), self._accept)
         self._log.info("listening", address=self.config.listen.address)
