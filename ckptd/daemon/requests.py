@@ -67,8 +67,9 @@ async def _verify(daemon: PrimaryDaemon, link: Link, machine: PrimaryMachine) ->
         theirs = daemon.expect_verified(link)
         link.send(machine.verify())
         try:
-            daemon.shipper.check_memory()
+            await asyncio.to_thread(daemon.shipper.check_memory)  # heartbeats go on meanwhile
         except CkptdError as error:
+            daemon.shipper.continuous = False  # the next epoch compares all of memory and sends what was missed
             raise VerifyFailed(f"the guest's memory is not what was shipped: {error}", epoch=flight.epoch) from error
     finally:
         await daemon.guest.resume()
@@ -76,7 +77,7 @@ async def _verify(daemon: PrimaryDaemon, link: Link, machine: PrimaryMachine) ->
     if digest != _digest(daemon):
         raise VerifyFailed(
             f"the secondary's image has digest {digest}, ours is {_digest(daemon)}", epoch=flight.epoch,
-            hint="restart the secondary with an empty replica: its storage lost or changed pages",
+            hint="its storage lost or changed pages; it is resynchronised now, but look at that machine",
         )  # fmt: skip
     return {
         "epoch": flight.epoch, "digest": digest, "equal": True, "took_ms": round((time.monotonic_ns() - began) / 1e6, 1)

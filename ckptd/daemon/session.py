@@ -259,7 +259,9 @@ class Session:
         if found != replica.digest:
             text = f"its digest is {found.hex()}, the committed one {replica.digest.hex()}: storage changed it"
             await asyncio.to_thread(replica.distrust, text)
-            await self._link.flush_and_end(ReplicaError(f"the image is INCONSISTENT: {text}", epoch=replica.epoch))
+            await self._link.room(0)
+            error = ReplicaError(f"the secondary's image is INCONSISTENT: {text}", epoch=replica.epoch)
+            self._link.end(error, tell=True)
 
     async def _hand_over(self) -> None:
         guest = self._guest

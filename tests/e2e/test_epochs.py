@@ -138,6 +138,10 @@ def test_verify_finds_what_changed_behind_the_daemons_backs(make_pair: Make) -> 
         pair.verify()
     assert there.value.exit_code == VerifyFailed.exit_code == 7
     assert there.value.as_dict()["error"] == "VerifyFailed" and int(str(there.value.where["epoch"])) > 0
+    # the secondary no longer trusts its image, and is brought up again by hash
+    wait_for(lambda: "INCONSISTENT" in pair.secondary.log() and "INCONSISTENT" in pair.primary.log(), "both say so")
+    wait_for(lambda: pair.held()["holding"] == "committed" and pair.condition() == "protected", "trusted again")
+    pair.verify()
 
     other = make_pair(guest={"dirty_rate": 640}).start()
     other.verify()
@@ -153,6 +157,7 @@ def test_verify_finds_what_changed_behind_the_daemons_backs(make_pair: Make) -> 
         other.verify()
     assert here.value.exit_code == 7 and int(str(here.value.where["epoch"])) > 0
     other.advances("epochs_committed", 2)  # a failed verification pauses nothing for good
+    other.verify()  # and what the tracker had missed was found and sent
 
 
 def test_history_restore_and_record_beside_running_epochs(make_pair: Make, tmp_path: Path) -> None:
