@@ -38,7 +38,8 @@ def emit(value: T, as_json: bool, render: Callable[[T], object]) -> None:
     if isinstance(rendered, str):
         print(rendered)  # as it is: rich would break lines and read brackets as markup
     else:
-        Console().print(rendered)
+        # In a pipe or a log nobody's window is 80 columns wide: a cut digest helps no one.
+        Console(width=None if sys.stdout.isatty() else 160).print(rendered)
 
 
 def run(call: Callable[[], object], *, as_json: bool) -> int:

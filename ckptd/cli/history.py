@@ -15,7 +15,7 @@ __all__ = ["history"]
 
 
 def history(*, config: Config = None, socket: Socket = None, guest: GuestName = None, as_json: Json = False) -> None:
-    """List the committed epochs that can be restored, oldest first."""
+    """List the committed epochs that can be restored, oldest first; `--json` has the digests in full."""
     from ckptd.control.client import ask
 
     question = "history" if guest is None else f"history?guest={guest}"
@@ -31,7 +31,7 @@ def _shown(answer: dict[str, Any]) -> Table | str:
     for one in answer["epochs"]:
         table.add_row(
             str(one["epoch"]), str(one["term"]), _at(one["time"]), str(one["pages"]), format_size(one["bytes"]),
-            one.get("damage") or one["digest"],
+            one.get("damage") or one["digest"][:16],
         )  # fmt: skip
     return table
 
