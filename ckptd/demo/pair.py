@@ -24,8 +24,8 @@ from ckptd.control.client import Answered, wish
 from ckptd.demo.children import Child, ChildFailed, guest_pid, kill_guest
 from ckptd.demo.proof import Proof, prove, read_image, read_outputs
 from ckptd.errors import Unreachable
-from ckptd.guests.sim import params_from
-from ckptd.guests.sim.link import GuestLink
+from ckptd.guests.process.link import GuestLink
+from ckptd.guests.sim import SimGuest, params_from
 from ckptd.guests.sim.machine import header_of
 
 __all__ = ["Killed", "Moment", "Pair", "Setting", "Watch"]
@@ -315,7 +315,7 @@ class Pair:
 
 async def _stop_guest(runtime: Path) -> tuple[int, bytes]:
     """Pause the guest's process between two steps, take its state, and end it. Its memory stays in the image."""
-    link = await GuestLink.open(runtime)
+    link = await GuestLink.open(runtime, SimGuest.module)
     try:
         if link.started:
             raise ChildFailed("the promoted guest ended with its daemon")

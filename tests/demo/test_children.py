@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ckptd.demo.children import Child, ChildFailed, guest_pid, kill_guest
-from ckptd.guests.sim.link import GuestLink
+from ckptd.guests.process.link import GuestLink
 
 
 def test_a_pid_file_that_names_a_stranger_kills_nobody(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_a_pid_file_that_names_a_stranger_kills_nobody(tmp_path: Path) -> None:
 
 def test_the_guest_of_this_directory_is_found_and_killed_once(tmp_path: Path) -> None:
     assert kill_guest(tmp_path) is False
-    link = asyncio.run(GuestLink.open(tmp_path))
+    link = asyncio.run(GuestLink.open(tmp_path, "ckptd.guests.sim.process"))
     try:
         assert guest_pid(tmp_path) == link.pid
         assert kill_guest(tmp_path) is True

@@ -22,10 +22,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from ckptd.config import load_primary
 from ckptd.control.client import Answered, ask, wish
 from ckptd.errors import Unreachable
+from ckptd.guests.process.shared import ControlPage, map_file
 from ckptd.guests.sim import params_from
 from ckptd.guests.sim.machine import Output, Params
 from ckptd.guests.sim.oracle import run_to
-from ckptd.guests.sim.shared import ControlPage, map_file
 from ckptd.protocol.wire import MAGIC, Type
 
 __all__ = ["GUEST", "Daemon", "Line", "Pair", "Relay", "free_port", "wait_for"]

@@ -13,13 +13,13 @@ skips any.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ckptd.errors import GuestError
+from ckptd.guests.process.output import append
 from ckptd.guests.sim.machine import Output
 
 __all__ = ["RECORD_SIZE", "SimGate", "gate_bytes", "outputs_of"]
@@ -89,7 +89,7 @@ class SimGate:
             return 0
         if self._output is not None:
             lines = [f"{number} {step} {content.hex()}\n" for number, step, content in records.tolist()]
-            _append(self._output, "".join(lines).encode())
+            append(self._output, "".join(lines).encode())
         self._heads[8] = mark
         return len(records)
 
@@ -109,19 +109,3 @@ class SimGate:
             raise GuestError(f"there is no output {mark} yet: the guest has emitted {self.written}")
         count = max(0, mark - released)
         return self._records[(released + np.arange(count)) % self.capacity]
-
-
-def _append(path: Path, lines: bytes) -> None:
-    """All the lines or none of them: one write, taken back when the file system has no room for all of it."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            before = os.fstat(fd).st_size
-            done = os.write(fd, lines)
-            if done < len(lines):
-                os.ftruncate(fd, before)
-                raise OSError(f"{done} of {len(lines)} bytes were written")
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise GuestError(f"output cannot be written: {error}", hint="it stays in the gate", file=str(path)) from error

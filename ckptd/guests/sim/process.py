@@ -10,13 +10,9 @@ stalled) it waits on its sockets, so a pause is answered at once.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
-import select
-import signal
 import socket
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -24,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from ckptd.errors import CkptdError, GuestError, StateError
+from ckptd.errors import GuestError, StateError
+from ckptd.guests.process.server import Answer, GuestServer, serve_until_end
+from ckptd.guests.process.shared import ControlPage, make_file, map_file, read_file
+from ckptd.guests.process.wire import MAX_REGIONS
 from ckptd.guests.sim.gate import RECORD_SIZE, SimGate, gate_bytes
 from ckptd.guests.sim.machine import Machine, Params, header_of
-from ckptd.guests.sim.shared import ControlPage, make_file, map_file
-from ckptd.guests.sim.wire import MAX_REGIONS, receive, send
 from ckptd.guests.sim.workloads import WORKLOADS
 from ckptd.memory.regions import Geometry
 from ckptd.trackers.base import Log
@@ -40,7 +37,6 @@ __all__ = ["GuestProcess", "main"]
 _LOOK_EVERY = 64  # steps between two looks at the sockets of a guest that never waits
 _STALL_WAIT = 0.0005  # seconds; releases and harvests come by shared memory and wake nobody
 _STALL_WAIT_ALONE = 0.05
-_REFUSE_WAIT = 0.05
 _MAX_DEBT = 0.05  # seconds of lost time that a rate-limited guest makes up for
 
 
@@ -48,8 +44,7 @@ class GuestProcess:
     """The loop of the process: steps, and commands between them."""
 
     def __init__(self, listener: socket.socket) -> None:
-        self._listener = listener
-        self._daemon: socket.socket | None = None
+        self._server = GuestServer(listener, self._answer, self._lost)
         self._machine: Machine | None = None
         self._gate: SimGate | None = None
         self._open = False  # nobody holds output back: the guest lets go of it itself
@@ -69,20 +64,20 @@ class GuestProcess:
         while not self._ended:
             machine = self._machine
             if machine is None or self._paused:
-                self._serve(None)
+                self._server.wait(None)
             elif self._page.pause:
-                if self._daemon is None:
+                if not self._server.connected:
                     self._page.pause = False
-                self._serve(_STALL_WAIT)  # the flag runs ahead of the packet
+                self._server.wait(_STALL_WAIT)  # the flag runs ahead of the packet
             elif self._stalled(machine):
-                if self._daemon is not None:
+                if self._server.connected:
                     os.eventfd_write(self._attention, 1)
-                self._serve(_STALL_WAIT if self._daemon is not None else _STALL_WAIT_ALONE)
+                self._server.wait(_STALL_WAIT if self._server.connected else _STALL_WAIT_ALONE)
             else:
                 wait = machine.params.step_seconds and deadline - time.monotonic()
                 if wait > 0 or since >= _LOOK_EVERY:  # a guest that falls short of its rate never waits
                     since = 0
-                    self._serve(max(wait, 0.0))
+                    self._server.wait(max(wait, 0.0))
                     continue
                 since += 1
                 # absolute deadlines keep the rate; what was lost beyond the debt (a pause, a stall) is forgiven
@@ -108,52 +103,15 @@ class GuestProcess:
                 self._gate.release(self._gate.written)
         return self._gate.full
 
-    def _serve(self, timeout: float | None) -> None:
-        """Wait at most so long, and do what is asked."""
-        sockets = [self._listener] if self._daemon is None else [self._daemon, self._listener]
-        ready = select.select(sockets, [], [], timeout)[0]
-        if self._daemon is not None and self._daemon in ready:
-            self._command(self._daemon)
-        if self._listener in ready:
-            # a daemon that was killed may have left commands before the end of its connection
-            while self._daemon is not None and select.select([self._daemon], [], [], 0)[0]:
-                self._command(self._daemon)
-            sock, _ = self._listener.accept()
-            if self._daemon is None:
-                self._daemon = sock
-            else:
-                _refuse(sock)
-
-    def _command(self, daemon: socket.socket) -> None:
-        try:
-            received = receive(daemon)
-            if received is None:
-                self._lost()
-                return
-            message, fds = received
-            try:
-                reply, out = self._answer(message, fds)
-            except (CkptdError, KeyError, TypeError, ValueError) as error:
-                reply, out = {"error": str(error)}, []
-                for fd in fds:
-                    os.close(fd)
-            if reply is not None:
-                send(daemon, reply, out)
-        except (OSError, GuestError):
-            self._lost()
-
     def _lost(self) -> None:
         """The daemon is gone. The guest goes on; nobody harvests, so nothing is logged; the gate holds."""
-        if self._daemon is not None:
-            self._daemon.close()
-        self._daemon = None
         self._page.pause = self._paused = False
         if self._machine is None:
             self._ended = True
         elif self._machine.log is not None:
             self._machine.log.disarm()
 
-    def _answer(self, message: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any] | None, list[int]]:
+    def _answer(self, message: dict[str, Any], fds: list[int]) -> Answer:
         match message.get("op"):
             case "hello":
                 active = self._machine is not None
@@ -162,7 +120,7 @@ class GuestProcess:
                 self._create(Params.from_dict(message["params"]), message["gate_capacity"])
                 return {}, []
             case "activate":
-                self._activate(message["state"], message["output"], fds)
+                self._activate(message["output"], fds)
                 return {}, []
             case "attach":
                 return self._attach(message["tracker"], message["ring_entries"])
@@ -195,20 +153,23 @@ class GuestProcess:
         self._gate = SimGate(map_file(self._gate_fd))
         self._machine = Machine(params, [map_file(fd).view(np.uint64) for fd in self._memory_fds])
 
-    def _activate(self, state: bytes, output: str | None, fds: list[int]) -> None:
+    def _activate(self, output: str | None, fds: list[int]) -> None:
+        state_fd, gate_fd, *memory_fds = fds
+        state = read_file(state_fd)
         params = header_of(state).params
         self._vacant(params.geometry)
-        if len(fds) != 1 + len(params.geometry):
-            raise GuestError(f"{len(fds)} descriptors for a gate and {len(params.geometry)} regions")
-        gate = SimGate(map_file(fds[0]), None if output is None else Path(output))
-        machine = Machine.restored(state, [map_file(fd).view(np.uint64) for fd in fds[1:]])
+        if len(memory_fds) != len(params.geometry):
+            raise GuestError(f"{len(memory_fds)} descriptors for {len(params.geometry)} regions")
+        gate = SimGate(map_file(gate_fd), None if output is None else Path(output))
+        machine = Machine.restored(state, [map_file(fd).view(np.uint64) for fd in memory_fds])
         if gate.written != machine.outputs:
             raise GuestError(f"the state has emitted {machine.outputs} outputs, the gate {gate.written}")
-        self._gate_fd, self._memory_fds = fds[0], fds[1:]
+        os.close(state_fd)
+        self._gate_fd, self._memory_fds = gate_fd, memory_fds
         self._gate, self._machine, self._open = gate, machine, True
         self._page.step = machine.step
 
-    def _attach(self, tracker: str, ring_entries: int) -> tuple[dict[str, Any], list[int]]:
+    def _attach(self, tracker: str, ring_entries: int) -> Answer:
         machine = self._running()
         params = machine.params
         ring = tracker == "ring"
@@ -225,20 +186,8 @@ class GuestProcess:
             os.close(self._log_fd)
         machine.log, self._log_fd = log, log_fd
         self._open = False  # the daemon has the gate from here on
-        shared = [self._gate_fd, log_fd, self._page_fd, self._attention, *self._memory_fds]
+        shared = [self._page_fd, self._attention, self._gate_fd, log_fd, *self._memory_fds]
         return {"params": params.as_dict(), "run": self._run, "pid": os.getpid()}, shared
-
-
-def _refuse(sock: socket.socket) -> None:
-    with sock, suppress(OSError, GuestError):
-        sock.settimeout(_REFUSE_WAIT)
-        _, fds = receive(sock) or (
-            {},
-            [],
-        )  # the answer would be lost if the socket were closed with its question unread
-        for fd in fds:
-            os.close(fd)
-        send(sock, {"error": "another daemon is attached to this guest; stop that one first"})
 
 
 def _warm_up() -> None:
@@ -254,21 +203,14 @@ def _warm_up() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Serve until the end; leaves neither socket nor pid file behind unless it is killed."""
-    parser = argparse.ArgumentParser(description="The process of a sim guest.")
-    parser.add_argument("--listen-fd", type=int, required=True, help="a bound and listening SOCK_SEQPACKET socket")
-    parser.add_argument("--control", type=Path, required=True, help="the path that it is bound to")
-    options = parser.parse_args(arguments)
-    pid_file = options.control.with_suffix(".pid")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    pid_file.write_text(f"{os.getpid()}\n")
-    _warm_up()
-    gc.freeze()  # what was imported is never garbage
-    try:
-        GuestProcess(socket.socket(fileno=options.listen_fd)).run()
-    finally:
-        options.control.unlink(missing_ok=True)
-        pid_file.unlink(missing_ok=True)
+    """Serve until the end."""
+
+    def run(listener: socket.socket) -> None:
+        _warm_up()
+        gc.freeze()  # what was imported is never garbage
+        GuestProcess(listener).run()
+
+    serve_until_end(run, "The process of a sim guest.", arguments)
 
 
 if __name__ == "__main__":

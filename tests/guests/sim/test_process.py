@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from ckptd.errors import GuestError, StateError
-from ckptd.guests.sim import SimGuest, link
+from ckptd.guests.process import link
+from ckptd.guests.sim import SimGuest
 from ckptd.guests.sim.gate import RECORD_SIZE, outputs_of
 from ckptd.guests.sim.machine import Params, header_of
 from ckptd.guests.sim.oracle import run_to

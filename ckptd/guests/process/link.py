@@ -20,7 +20,7 @@ from typing import Any
 
 import ckptd
 from ckptd.errors import GuestError
-from ckptd.guests.sim.wire import receive, send, socket_address
+from ckptd.guests.process.wire import receive, send, socket_address
 
 __all__ = ["GuestLink"]
 
@@ -45,15 +45,15 @@ class GuestLink:
         self.page_fd = -1
 
     @classmethod
-    async def open(cls, runtime: Path) -> GuestLink:
-        """Connect to the process whose socket is in `runtime`, or start one. Raises GuestError."""
+    async def open(cls, runtime: Path, module: str) -> GuestLink:
+        """Connect to the process whose socket is in `runtime`, or start one that runs `module`. Raises GuestError."""
         try:
             runtime.mkdir(parents=True, exist_ok=True)
             control = runtime / "guest.sock"
             sock = _connect(control)
             process = None
             if sock is None:
-                sock, process = _start(control, runtime / "guest.log")
+                sock, process = _start(module, control, runtime / "guest.log")
         except OSError as error:
             raise GuestError(f"the guest's process cannot be started: {error}", runtime=str(runtime)) from error
         link = cls(sock, runtime, process)
@@ -159,14 +159,14 @@ def _connect(control: Path) -> socket.socket | None:
     return sock
 
 
-def _start(control: Path, log: Path) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+def _start(module: str, control: Path, log: Path) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     control.unlink(missing_ok=True)  # nobody listens there: a process that was killed left it
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         with socket_address(control) as address:
             listener.bind(address)
         control.chmod(0o600)
         listener.listen(4)
-        command = [sys.executable, "-P", "-m", "ckptd.guests.sim.process",
+        command = [sys.executable, "-P", "-m", module,
                    "--listen-fd", str(listener.fileno()), "--control", str(control)]  # fmt: skip
         home = str(Path(ckptd.__file__).resolve().parents[1])
         paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -1,15 +1,17 @@
 """Packets between daemon and guest process: one msgpack map in each, descriptors beside it; and where the socket is.
 
-to the process      hello {}                                            -> {pid, active} + control page
-                    create {params, gate_capacity}                      makes the machine; it runs from here on
-                    attach {tracker, ring_entries}                      -> {params, run, pid} + descriptors
-                    pause {}                                            -> {state}, at a step boundary
-                    resume {}                                           no reply
-                    activate {state, output} + images, gate             -> {}; runs from the state on
-                    end {}                                              -> {}, then the process ends
+to the process      hello {}                             -> {pid, active} + control page
+                    create {params, gate_capacity}        makes the guest; it runs from here on
+                    attach {tracker, ring_entries}        -> {params, run, pid, ...} + descriptors
+                    pause {}                              -> {state?}, when no vCPU writes any more
+                    resume {}                             no reply
+                    activate {output} + descriptors       -> {}; runs from the state on
+                    end {}                                -> {}, then the process ends
 replies             {...} or {error}
-attach descriptors  gate, log, control page, attention (eventfd), one for each region
-activate            gate, one for each region
+attach descriptors  control page, attention (eventfd), gate, what the kind's log needs, one for each region
+activate            state, gate, one for each region
+
+A kind may have commands of its own beside these.
 """
 
 from __future__ import annotations

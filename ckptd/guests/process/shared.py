@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ckptd.units import PAGE_SIZE
 
-__all__ = ["ControlPage", "make_file", "map_file"]
+__all__ = ["ControlPage", "make_file", "map_file", "read_file"]
 
 
 def make_file(name: str, size_bytes: int) -> int:
@@ -31,6 +31,11 @@ def map_file(fd: int, *, writable: bool = True) -> npt.NDArray[np.uint8]:
     """The whole file, shared, as bytes; the descriptor may be closed. The array keeps the mapping alive."""
     access = PROT_READ | PROT_WRITE if writable else PROT_READ
     return np.frombuffer(mmap(fd, os.fstat(fd).st_size, flags=MAP_SHARED, prot=access), dtype=np.uint8)
+
+
+def read_file(fd: int) -> bytes:
+    """All of a file."""
+    return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
 class ControlPage:
