@@ -1,0 +1,1 @@
+"""The kvm guest: a small VMM in Python over /dev/kvm, in a process of its own."""
