@@ -12,7 +12,7 @@ from enum import IntEnum, IntFlag
 __all__ = ["Cap", "Exit", "MemoryFlag", "io", "ior", "iow", "iowr"]
 
 KVMIO = 0xAE
-API_VERSION = 12  # api.rst 4.1: "Applications should refuse to run if KVM_GET_API_VERSION returns a value other than 12"
+API_VERSION = 12  # api.rst 4.1: with any other, refuse to run
 
 
 def io(number: int) -> int:

@@ -120,8 +120,8 @@ def _parameter(module: str, name: str) -> str:
 
 _CURES: Mapping[int, str] = {
     errno.ENOENT: (
-        "load the module kvm_intel or kvm_amd, switch virtualization on in the firmware, or (inside a VM) ask for nested"
-        " virtualization"
+        "load the module kvm_intel or kvm_amd, switch virtualization on in the firmware, or (inside a VM) ask for"
+        " nested virtualization"
     ),
     errno.ENODEV: "switch virtualization on in the firmware, or (inside a VM) ask for nested virtualization",
 }

@@ -77,7 +77,8 @@ class KvmSpec:
     @property
     def places(self) -> list[int]:
         """The guest-physical address of each region."""
-        places, end = [], 0
+        places: list[int] = []
+        end = 0
         for region in self.geometry:
             start = 0 if not places else -(-end // _STEP) * _STEP + _STEP
             if places and start < _HIGH and start + region.size_bytes > _BELOW:
