@@ -19,7 +19,6 @@ __all__ = ["DirtySet", "Gfns", "gfns_of_bitmap", "gfns_of_runs", "runs_of"]
 
 Gfns = npt.NDArray[np.int64]
 
-_DENSE = 6  # set bits in a word, on average, above which expanding all 64 is cheaper
 _NONE: Gfns = np.empty(0, dtype=np.int64)
 _NONE.flags.writeable = False
 
@@ -115,30 +114,11 @@ def gfns_of_bitmap(words: npt.NDArray[np.uint64], pages: int) -> Gfns:
     Reads the map a word at a time and expands only words that are not zero: with few dirty pages the cost is one pass
     over the map, an eighth of a byte for each page of memory.
     """
-    index = np.flatnonzero(words)
-    if not len(index):
-        return _NONE
-    found = words[index]
-    if np.bitwise_count(found).sum() > _DENSE * len(found):
-        bits = np.unpackbits(found.view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
-        row, bit = np.nonzero(bits)
-        gfns = (index[row] << 6) + bit
-    else:
-        gfns = _lowest_first(index, found)
-    return gfns[: np.searchsorted(gfns, pages)].astype(np.int64, copy=False)
-
-
-def _lowest_first(index: Gfns, words: npt.NDArray[np.uint64]) -> Gfns:
-    """The set bits of sparse words, by taking the lowest bit of each word, then the next of those that have one."""
-    parts = []
-    while len(index):
-        rest = words & (words - np.uint64(1))
-        parts.append((index << 6) + np.bitwise_count((words ^ rest) - np.uint64(1)))
-        more = np.flatnonzero(rest)
-        index, words = index[more], rest[more]
-    gfns: Gfns = np.concatenate(parts)
-    gfns.sort()
-    return gfns
+    # numpy finds what is true in an array of bool ten times as fast as what is not zero in one of numbers.
+    index = (words != 0).nonzero()[0]
+    bits = np.unpackbits(words[index].view(np.uint8), bitorder="little").view(np.bool_).nonzero()[0]
+    gfns = (index[bits >> 6] << 6) + (bits & 63)
+    return gfns[: np.searchsorted(gfns, pages)] if len(gfns) and gfns[-1] >= pages else gfns
 
 
 def runs_of(gfns: Gfns) -> tuple[Gfns, Gfns]:
