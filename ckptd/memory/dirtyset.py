@@ -117,7 +117,7 @@ def gfns_of_bitmap(words: npt.NDArray[np.uint64], pages: int) -> Gfns:
     # numpy finds what is true in an array of bool ten times as fast as what is not zero in one of numbers.
     index = (words != 0).nonzero()[0]
     bits = np.unpackbits(words[index].view(np.uint8), bitorder="little").view(np.bool_).nonzero()[0]
-    gfns = (index[bits >> 6] << 6) + (bits & 63)
+    gfns: Gfns = (index[bits >> 6] << 6) + (bits & 63)
     return gfns[: np.searchsorted(gfns, pages)] if len(gfns) and gfns[-1] >= pages else gfns
 
 
