@@ -25,15 +25,15 @@ __all__ = ["demo"]
 _RUN_ON = 1.5  # seconds that the promoted guest runs before it is looked at
 _SPARE = 512 << 20  # of /dev/shm, beside the image
 
-Workload = Literal["uniform", "zipf", "sequential", "kv", "idle", "bursts"]
+_DEFAULTS = {"sim": ("zipf", "256MiB"), "kvm": ("random", "64MiB")}  # workload and memory
 
 
 def demo(
     *,
-    guest: Literal["sim"] = "sim",
+    guest: Literal["sim", "kvm"] = "sim",
     seconds: float = 10.0,
-    memory: str = "256MiB",
-    workload: Workload = "zipf",
+    memory: str | None = None,
+    workload: str | None = None,
     vcpus: int = 2,
     level: Literal["memory", "durable"] = "memory",
     seed: int | None = None,
@@ -45,13 +45,13 @@ def demo(
     Parameters
     ----------
     guest
-        The kind of guest.
+        The kind of guest: sim, a computer in miniature; kvm, a VM of this machine's KVM.
     seconds
         How long it is protected before its host dies.
     memory
-        The guest's memory.
+        The guest's memory: 256MiB for sim, 64MiB for kvm.
     workload
-        What the guest does.
+        What the guest does. sim: zipf, uniform, sequential, kv, idle, bursts. kvm: random, counter, patterns.
     vcpus
         The guest's virtual processors.
     level
@@ -67,8 +67,11 @@ def demo(
     if not 0 < seconds <= 86400:
         raise ConfigError(f"--seconds {seconds:g} is not between 0 and a day")
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
-    size = parse_size(memory)
-    setting = Setting(memory=size, workload=workload, vcpus=vcpus, seed=seed, level=level)
+    usual_workload, usual_memory = _DEFAULTS[guest]
+    size, workload = parse_size(memory or usual_memory), workload or usual_workload
+    if (guest, workload) == ("kvm", "kv"):
+        raise ConfigError("the kv program waits for requests on its console: the demo has none for it")
+    setting = Setting(memory=size, kind=guest, workload=workload, vcpus=vcpus, seed=seed, level=level)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_once)
     directory = Path(tempfile.mkdtemp(prefix="ckptd-demo-"))
@@ -155,7 +158,7 @@ def _play(pair: Any, seconds: float) -> Report:
         proof, failures = pair.check()
         show.phase(f"compared at step {proof.step}: " + ("equal" if not failures else "NOT equal"))
     return Report(
-        ok=not failures, failures=failures, guest="sim", seed=setting.seed, workload=setting.workload,
+        ok=not failures, failures=failures, guest=setting.kind, seed=setting.seed, workload=setting.workload,
         seconds=seconds, vcpus=setting.vcpus, level=setting.level, memory_bytes=setting.memory,
         replica=str(pair.replicas), epochs_committed=promoted["epoch"], epochs_rolled_back=pair.rolled_back(),
         killed_within_an_epoch=pair.within_an_epoch(), promoted_epoch=promoted["epoch"],
@@ -164,8 +167,9 @@ def _play(pair: Any, seconds: float) -> Report:
         failover_ms=round(pair.failover_ms, 3),
         steps=proof.step, outputs_released=proof.outputs.released, outputs_repeated=proof.outputs.repeated,
         outputs_lost=len(proof.outputs.lost), outputs_contradicted=len(proof.outputs.contradicted),
-        outputs_wrong=len(proof.outputs.wrong), digest=proof.digest, expected_digest=proof.expected_digest,
-        digest_equal=proof.digest_equal, state_equal=proof.state_equal, machine=_machine(),
+        outputs_wrong=len(proof.outputs.wrong),
+        digest=proof.memory.digest, expected_digest=proof.memory.expected_digest, digest_equal=proof.digest_equal,
+        state_equal=proof.state_equal, machine=_machine(),
     )  # fmt: skip
 
 

@@ -8,9 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ckptd.config.values import (
     GIB,
@@ -91,27 +101,62 @@ class _Link(_Section):
 # The primary's file.
 
 
+class _KindKeys(NamedTuple):
+    """What some keys of [guest] may be for a kind; the first workload is the default."""
+
+    workloads: tuple[str, ...]
+    trackers: tuple[str, ...]
+    ring_entries: tuple[int, int]
+
+
+_KINDS: Mapping[str, _KindKeys] = {
+    "sim": _KindKeys(
+        ("zipf", "uniform", "sequential", "kv", "idle", "bursts"), ("auto", "bitmap", "ring"), (64, 1 << 20)
+    ),
+    "kvm": _KindKeys(
+        ("random", "counter", "patterns", "kv"), ("auto", "kvm-bitmap", "kvm-manual", "kvm-ring"), (256, 1 << 16)
+    ),
+}
+Kind = Literal["sim", "kvm"]
+
+
 class GuestConfig(_Section):
     """[guest]: what is protected."""
 
     name: Name
-    kind: Literal["sim"] = "sim"
+    kind: Kind = "sim"
     memory: Memory | None = None
     regions: Annotated[dict[Name, Memory], Field(min_length=1, max_length=1024)] | None = None
     vcpus: Annotated[int, limits(1, 64)] = 2
-    workload: Literal["uniform", "zipf", "sequential", "kv", "idle", "bursts"] = "zipf"
+    workload: str
     seed: Annotated[int, limits(0, 2**63 - 1)] = 1
-    tracker: Literal["auto", "bitmap", "ring"] = "auto"
-    ring_entries: Annotated[int, limits(64, 1 << 20), AfterValidator(power_of_two)] = 65536
+    tracker: str = "auto"
+    ring_entries: Annotated[int, AfterValidator(power_of_two)] = 65536
     dirty_rate: Annotated[int, limits(0, 10**9)] = 20_000
     output_every: Annotated[int, limits(1, 10**9)] = 16
     output: FilePath
     gate_capacity: Annotated[Size, sizes(4 * KIB, GIB)] = MIB
 
+    @field_validator("workload", "tracker", "ring_entries")
+    @classmethod
+    def _of_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = info.data.get("kind")
+        if kind is not None:  # a kind that is wrong is reported once
+            keys = _KINDS[kind]
+            if info.field_name == "ring_entries":
+                limits(*keys.ring_entries).func(value)  # type: ignore[call-arg]
+            else:
+                allowed = keys.workloads if info.field_name == "workload" else keys.trackers
+                if value not in allowed:
+                    raise wrong(f"must be one of {', '.join(allowed)} for a {kind} guest, not {value!r}")
+        return value
+
     @model_validator(mode="before")
     @classmethod
-    def _one_memory(cls, raw: Any) -> Any:
+    def _defaults(cls, raw: Any) -> Any:
         if isinstance(raw, Mapping):
+            if "workload" not in raw and raw.get("kind", "sim") in _KINDS:
+                raw = {**raw, "workload": _KINDS[raw.get("kind", "sim")].workloads[0]}
             if "memory" in raw and "regions" in raw:
                 raise wrong("has both memory and regions", "write memory for a single region, or name the regions")
             if "memory" not in raw and "regions" not in raw:
@@ -232,7 +277,7 @@ class GuestEntry(_Section):
     """[[guest]]: one guest that this secondary accepts."""
 
     name: Name
-    kind: Literal["sim"] = "sim"
+    kind: Kind = "sim"
     output: FilePath
 
 

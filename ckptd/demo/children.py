@@ -163,4 +163,5 @@ def _open_guest(runtime: Path) -> tuple[int, int]:
 
 
 def _is_guest(command: Sequence[bytes], runtime: Path) -> bool:
-    return b"ckptd.guests.sim.process" in command and os.fsencode(runtime / "guest.sock") in command
+    ours = any(word.startswith(b"ckptd.guests.") and word.endswith(b".process") for word in command)
+    return ours and os.fsencode(runtime / "guest.sock") in command

@@ -7,7 +7,6 @@ Everything is in two directories of its own, and ends with `close`, whatever hap
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import shutil
@@ -22,11 +21,8 @@ from typing import Any, Literal
 from ckptd.config import load_primary
 from ckptd.control.client import Answered, wish
 from ckptd.demo.children import Child, ChildFailed, guest_pid, kill_guest
-from ckptd.demo.proof import Proof, prove, read_image, read_outputs
+from ckptd.demo.proof import Proof, prover_of
 from ckptd.errors import Unreachable
-from ckptd.guests.process.link import GuestLink
-from ckptd.guests.sim import SimGuest, params_from
-from ckptd.guests.sim.machine import header_of
 
 __all__ = ["Killed", "Moment", "Pair", "Setting", "Watch"]
 
@@ -47,6 +43,7 @@ class Setting:
     """What runs. `memory` in bytes, `rate` in pages a second (0: flat out)."""
 
     memory: int
+    kind: str = "sim"
     workload: str = "zipf"
     vcpus: int = 2
     seed: int = 1
@@ -86,6 +83,7 @@ class Pair:
         self.primary = Child("primary", self._files[0], self._here / "primary.sock", directory / "primary.log")
         self.secondary = Child("secondary", self._files[1], self._there / "secondary.sock", directory / "secondary.log")
         self._port = _free_port()
+        self._prover = prover_of(setting.kind)
         self.last: dict[str, Any] = {}
         self.killed: Killed | None = None
         self.promoted: dict[str, Any] = {}
@@ -196,17 +194,20 @@ class Pair:
         if not guest_pid(self._there / _GUEST):
             raise ChildFailed("the promoted guest does not run any more", hint=self.secondary.tail())
         self.secondary.end()  # the guest outlives its daemon, and can be asked by us now
-        step, state = asyncio.run(_stop_guest(self._there / _GUEST))
-        files = sorted(Path(self.replicas / _GUEST).glob("image-*"))
-        sides = [read_outputs(self._here / "output"), read_outputs(self._there / "output")]
-        params = params_from(load_primary(self._files[0], {}).config.guest)
-        proof = prove(params, step, state, read_image(files), sides)
+        guest = load_primary(self._files[0], {}).config.guest
+        images = [self.replicas / _GUEST / f"image-{region}" for region in guest.pages]
+        outputs = self._here / "output", self._there / "output"
+        proof = self._prover.prove(guest, self._there / _GUEST, images, outputs)
+        if proof is None:
+            raise ChildFailed("the promoted guest ended with its daemon")
         if replica["outputs_mark"] < (self.killed.released if self.killed else 0):
             failures.append(f"the promoted epoch knows of outputs up to {replica['outputs_mark']} only")
         if not proof.digest_equal:
-            failures.append(f"{proof.differing_pages} pages of the promoted guest are wrong at step {step}")
+            differing = proof.memory.differing_pages
+            failures.append(f"{differing} pages of the promoted guest are wrong at step {proof.step}")
+            failures += proof.named
         if not proof.state_equal:
-            failures.append(f"the registers of the promoted guest are wrong at step {step}")
+            failures.append(f"the registers of the promoted guest are wrong at step {proof.step}")
         for what in ("lost", "contradicted", "wrong"):
             numbers: list[int] = getattr(proof.outputs, what)
             if numbers:
@@ -255,8 +256,7 @@ class Pair:
 
     def _released(self) -> int:
         """The number of the last output that has left the primary."""
-        outputs = read_outputs(self._here / "output")
-        return outputs[-1].number if outputs else 0
+        return self._prover.released(self._here / "output")
 
     def _settled(self) -> dict[str, Any]:
         """The secondary's status of the guest once all that was sent has arrived."""
@@ -287,9 +287,9 @@ class Pair:
         one, address = self.setting, f"127.0.0.1:{self._port}"
         self._files[0].write_text(_toml({
             "guest": {
-                "name": _GUEST, "memory": f"{one.memory}B", "vcpus": one.vcpus, "workload": one.workload,
-                "seed": one.seed, "tracker": one.tracker, "dirty_rate": one.rate, "output_every": one.output_every,
-                "output": str(self._here / "output"),
+                "name": _GUEST, "kind": one.kind, "memory": f"{one.memory}B", "vcpus": one.vcpus,
+                "workload": one.workload, "seed": one.seed, "tracker": one.tracker, "dirty_rate": one.rate,
+                "output_every": one.output_every, "output": str(self._here / "output"),
             },
             "secondary": {"address": address},
             "checkpoint": {
@@ -303,7 +303,7 @@ class Pair:
             "replica": {
                 "dir": str(self.replicas), "history": one.history, "history_bytes": "128MiB", "reserve": "32MiB",
             },
-            "[guest]": {"name": _GUEST, "output": str(self._there / "output")},
+            "[guest]": {"name": _GUEST, "kind": one.kind, "output": str(self._there / "output")},
             "runtime": {"dir": str(self._there)},
         }))  # fmt: skip
         for place in (self._here, self._there):
@@ -311,18 +311,6 @@ class Pair:
 
     def about(self) -> dict[str, object]:
         return asdict(self.setting)
-
-
-async def _stop_guest(runtime: Path) -> tuple[int, bytes]:
-    """Pause the guest's process between two steps, take its state, and end it. Its memory stays in the image."""
-    link = await GuestLink.open(runtime, SimGuest.module)
-    try:
-        if link.started:
-            raise ChildFailed("the promoted guest ended with its daemon")
-        state: bytes = link.ask({"op": "pause"})[0]["state"]
-    finally:
-        await link.end()
-    return header_of(state).step, state
 
 
 def _toml(sections: dict[str, dict[str, object]]) -> str:

@@ -1,23 +1,22 @@
-"""Is the promoted guest right? From seed and parameters alone: the same machine, never interrupted, and all it said.
-
-Pure but for the files that it reads.
-"""
+"""What a proof of a promoted guest is, whatever its kind: memory, registers and outputs beside an uninterrupted run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from ckptd.guests.sim.machine import Output, Params
-from ckptd.guests.sim.oracle import run_to
+from ckptd.config import GuestConfig
+from ckptd.errors import ConfigError
 from ckptd.memory.digest import HashTable
 from ckptd.memory.hashing import PageHasher, Rows
+from ckptd.memory.regions import Geometry
 from ckptd.units import PAGE_SIZE
 
-__all__ = ["OutputsFound", "Proof", "compare_outputs", "prove", "read_image", "read_outputs"]
+__all__ = ["Compared", "OutputsFound", "Proof", "Prover", "compare_memory", "prover_of", "read_image"]
 
 
 @dataclass(slots=True)
@@ -32,62 +31,64 @@ class OutputsFound:
 
 
 @dataclass(slots=True)
-class Proof:
-    """The end of a promoted guest beside an uninterrupted run of as many steps."""
+class Compared:
+    """An image beside what it must be."""
 
-    step: int
     digest: str
     expected_digest: str
     differing_pages: int
+
+
+@dataclass(slots=True)
+class Proof:
+    """The end of a promoted guest beside an uninterrupted run of as many steps. `named`: some wrong pages, in words."""
+
+    step: int
+    memory: Compared
     state_equal: bool
     outputs: OutputsFound
+    named: list[str] = field(default_factory=list)
 
     @property
     def digest_equal(self) -> bool:
-        return self.digest == self.expected_digest
+        return self.memory.digest == self.memory.expected_digest
 
 
-def read_outputs(path: Path) -> list[Output]:
-    """The lines of an output file, `number step content`; none if it is not there.
+class Prover(Protocol):
+    """What a kind of guest knows of its own truth."""
 
-    A last line without its end was never released: its writer was killed in the middle. Raises ValueError for any
-    other line that is none.
-    """
-    if not path.exists():
-        return []
-    *lines, _ = path.read_text("ascii").split("\n")
-    parts = [line.split(" ") for line in lines]
-    return [Output(int(number), int(step), bytes.fromhex(content)) for number, step, content in parts]
+    def released(self, output: Path) -> int:
+        """The number of the last output in a file."""
 
+    def prove(
+        self, guest: GuestConfig, runtime: Path, images: Sequence[Path], outputs: tuple[Path, Path]
+    ) -> Proof | None:
+        """Stop the guest whose process is in `runtime`, compare it and what both sides let out, and end it.
 
-def compare_outputs(sides: Sequence[Sequence[Output]], expected: Sequence[Output]) -> OutputsFound:
-    """Everything that was released, in the order of the sides, against what an uninterrupted run says."""
-    found = OutputsFound()
-    first: dict[int, Output] = {}
-    for output in (one for side in sides for one in side):
-        before = first.setdefault(output.number, output)
-        if before is not output:
-            found.repeated += 1
-            if before != output and output.number not in found.contradicted:
-                found.contradicted.append(output.number)
-    found.released = len(first)
-    right = {output.number: output for output in expected}
-    found.lost = [number for number in range(1, max([*first, *right], default=0) + 1) if number not in first]
-    found.wrong = [number for number, output in sorted(first.items()) if right.get(number) != output]
-    return found
+        None: the guest does not run.
+        """
 
 
-def prove(params: Params, step: int, state: bytes, image: Sequence[Rows], sides: Sequence[Sequence[Output]]) -> Proof:
-    """Run the machine anew to `step` and compare: memory, state and outputs. Takes as long as the guest's steps do."""
-    expected = run_to(params, step)
-    table = HashTable(params.geometry, PageHasher(0))
-    table.rehash(expected.memory)
-    expected_digest = table.digest
-    differing = table.rehash(image)
-    return Proof(
-        step=step, digest=table.digest.hex(), expected_digest=expected_digest.hex(), differing_pages=differing.pages,
-        state_equal=state == expected.state, outputs=compare_outputs(sides, expected.outputs),
-    )  # fmt: skip
+def prover_of(kind: str) -> Prover:
+    """The prover of a kind of guest. Raises ConfigError for one that is not deterministic."""
+    if kind == "sim":
+        from ckptd.demo.prove_sim import SimProver
+
+        return SimProver()
+    if kind == "kvm":
+        from ckptd.demo.prove_kvm import KvmProver
+
+        return KvmProver()
+    raise ConfigError(f"nothing can prove a guest of kind {kind!r}")
+
+
+def compare_memory(geometry: Geometry, expected: Sequence[Rows], found: Sequence[Rows]) -> Compared:
+    """Both hashed whole, page by page."""
+    table = HashTable(geometry, PageHasher(0))
+    table.rehash(expected)
+    wanted = table.digest.hex()
+    differing = table.rehash(found)
+    return Compared(table.digest.hex(), wanted, differing.pages)
 
 
 def read_image(files: Sequence[Path]) -> list[Rows]:

@@ -1,7 +1,7 @@
 """What a guest is, where it runs (Guest, Gate) and where it is taken over (Standby), and where kinds come from.
 
-A kind is an object with `make_guest` and `make_standby`. `sim` is built in; others come by entry points of the group
-`ckptd.guests`:
+A kind is an object with `make_guest` and `make_standby`. `sim` and `kvm` are built in; others come by entry points of
+the group `ckptd.guests`:
 
     [project.entry-points."ckptd.guests"]
     mykind = "my.package:KIND"
@@ -186,7 +186,7 @@ class GuestKind(Protocol):
 
 def guest_kinds() -> tuple[str, ...]:
     """The names of all kinds that are installed."""
-    return tuple(sorted({"sim", *(entry.name for entry in entry_points(group=_GROUP))}))
+    return tuple(sorted({"kvm", "sim", *(entry.name for entry in entry_points(group=_GROUP))}))
 
 
 def guest_kind(name: str) -> GuestKind:
@@ -195,6 +195,10 @@ def guest_kind(name: str) -> GuestKind:
         from ckptd.guests.sim import KIND
 
         return KIND
+    if name == "kvm":
+        from ckptd.guests.kvm import KIND as KVM
+
+        return KVM
     for entry in entry_points(group=_GROUP, name=name):
         kind: GuestKind = entry.load()
         return kind

@@ -41,7 +41,7 @@ _PAUSE_LIMIT = 5.0  # seconds
 
 class Machine:
     """Paused at first. `attend` is called, from any thread, while a vCPU waits for a harvest or for its gate;
-    `emitted` after output went into the gate."""
+    `notice` after output went into the gate, or the guest has stopped."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Machine:
         gate: KvmGate,
         *,
         attend: Callable[[], None] = lambda: None,
-        emitted: Callable[[], None] = lambda: None,
+        notice: Callable[[], None] = lambda: None,
     ) -> None:
         sizes, wanted = [len(rows) for rows in memory], [region.size_bytes for region in spec.geometry]
         if sizes != wanted:
@@ -61,7 +61,7 @@ class Machine:
         self.attend = attend
         self.tracker: KvmTracker | None = None
         self.stopped = ""
-        self._emitted = emitted
+        self._notice = notice
         self._memory = list(memory)
         self._places = spec.places
         self._kvm = open_kvm()
@@ -164,7 +164,7 @@ class Machine:
             taken = self.gate.emit(vcpu.pending)
             vcpu.pending = vcpu.pending[taken:]
             if taken:
-                self._emitted()
+                self._notice()
             if vcpu.pending:
                 self.attend()
                 return _POLL
@@ -188,6 +188,15 @@ class Machine:
             for vcpu in self.vcpus:
                 vcpu.kick()
             self._changed.notify_all()
+        self._notice()
+
+    @property
+    def trouble(self) -> str:
+        """What an operator should know: why the guest, or which of its vCPUs, runs no more."""
+        if self.stopped:
+            return f"the guest runs no more: {self.stopped}"
+        halted = [str(vcpu.index) for vcpu in self.vcpus if vcpu.halted]
+        return f"halted: vCPU {', '.join(halted)}" if halted else ""
 
     def wake(self) -> None:
         """Something that a vCPU may wait for has changed."""
@@ -281,6 +290,13 @@ class Machine:
         self.rebuild(mode)
         self.tracker = tracker
         return tracker
+
+    @property
+    def chosen_tracker(self) -> KvmTracker:
+        """The tracker in use. Raises StateError if there is none."""
+        if self.tracker is None:
+            raise StateError("no tracker is chosen: a daemon that attaches chooses one")
+        return self.tracker
 
     def rebuild(self, mode: LogMode | None = None) -> None:
         """Another VM over the same memory, its log empty and off; the vCPUs go on in it where they were."""

@@ -85,11 +85,6 @@ class Vcpu:
     def let_in(self) -> None:
         self.file.run[abi.IMMEDIATE_EXIT_AT] = 0
 
-    @property
-    def word(self) -> str:
-        """For the status."""
-        return "halted" if self.halted else "waits for a harvest" if self.ring_full else "runs"
-
     def _run(self) -> None:
         while self._host.admit(self):
             try:

@@ -98,8 +98,9 @@ def _refuse(sock: socket.socket) -> None:
         send(sock, {"error": "another daemon is attached to this guest; stop that one first"})
 
 
-def serve_until_end(run: Callable[[socket.socket], None], about: str, arguments: list[str] | None = None) -> None:
-    """The main of a guest's process; leaves neither socket nor pid file behind unless it is killed."""
+def serve_until_end(run: Callable[[socket.socket, Path], None], about: str, arguments: list[str] | None) -> None:
+    """The main of a guest's process: `run(listener, control)`. Leaves neither socket nor pid file behind unless it is
+    killed."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--listen-fd", type=int, required=True, help="a bound and listening SOCK_SEQPACKET socket")
     parser.add_argument("--control", type=Path, required=True, help="the path that it is bound to")
@@ -108,7 +109,7 @@ def serve_until_end(run: Callable[[socket.socket], None], about: str, arguments:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     pid_file.write_text(f"{os.getpid()}\n")
     try:
-        run(socket.socket(fileno=options.listen_fd))
+        run(socket.socket(fileno=options.listen_fd), options.control)
     finally:
         options.control.unlink(missing_ok=True)
         pid_file.unlink(missing_ok=True)

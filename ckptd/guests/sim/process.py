@@ -205,7 +205,7 @@ def _warm_up() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Serve until the end."""
 
-    def run(listener: socket.socket) -> None:
+    def run(listener: socket.socket, _: Path) -> None:
         _warm_up()
         gc.freeze()  # what was imported is never garbage
         GuestProcess(listener).run()

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.demo.proof import compare_outputs, prove, read_image, read_outputs
+from ckptd.demo.proof import read_image
+from ckptd.demo.prove_sim import compare_outputs, prove, read_outputs
 from ckptd.guests.sim.machine import Output, Params
 from ckptd.guests.sim.oracle import run_to
 from ckptd.memory.regions import Geometry
@@ -67,7 +68,7 @@ def files(tmp_path: Path) -> list[Path]:
 def test_the_right_guest_is_proved(files: list[Path]) -> None:
     run = run_to(PARAMS, 400)
     proof = prove(PARAMS, 400, run.state, read_image(files), [run.outputs])
-    assert proof.digest_equal and proof.state_equal and proof.differing_pages == 0
+    assert proof.digest_equal and proof.state_equal and proof.memory.differing_pages == 0
     assert proof.outputs.released == 100 and not proof.outputs.wrong
 
 
@@ -76,6 +77,6 @@ def test_one_wrong_byte_or_step_is_found(files: list[Path]) -> None:
     image = [rows.copy() for rows in read_image(files)]
     image[1][3, 77] ^= 1
     proof = prove(PARAMS, 400, run.state, image, [run.outputs])
-    assert not proof.digest_equal and proof.differing_pages == 1
+    assert not proof.digest_equal and proof.memory.differing_pages == 1
     assert not prove(PARAMS, 401, other.state, read_image(files), [run.outputs]).digest_equal
     assert not prove(PARAMS, 400, other.state, read_image(files), [run.outputs]).state_equal
