@@ -148,7 +148,7 @@ def _play(pair: Any, seconds: float) -> Report:
         show.phase("protected: the secondary holds a committed epoch")
         last = pair.protect(seconds, watch=show.figures)
         killed = pair.kill_primary()
-        show.phase(f"the primary's host is dead; {killed.released} outputs had left it")
+        show.phase(f"the primary's host is dead; {killed.released} {pair.prover.unit} had left it")
         promoted = pair.promote()
         gone = f"a part of epoch {killed.receiving} is gone" if pair.within_an_epoch() else "none was on its way"
         where, took = f"epoch {promoted['epoch']} ({gone}) in term {promoted['term']}", promoted["promote_ms"]

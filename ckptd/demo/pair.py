@@ -83,7 +83,7 @@ class Pair:
         self.primary = Child("primary", self._files[0], self._here / "primary.sock", directory / "primary.log")
         self.secondary = Child("secondary", self._files[1], self._there / "secondary.sock", directory / "secondary.log")
         self._port = _free_port()
-        self._prover = prover_of(setting.kind)
+        self.prover = prover_of(setting.kind)
         self.last: dict[str, Any] = {}
         self.killed: Killed | None = None
         self.promoted: dict[str, Any] = {}
@@ -197,7 +197,7 @@ class Pair:
         guest = load_primary(self._files[0], {}).config.guest
         images = [self.replicas / _GUEST / f"image-{region}" for region in guest.pages]
         outputs = self._here / "output", self._there / "output"
-        proof = self._prover.prove(guest, self._there / _GUEST, images, outputs)
+        proof = self.prover.prove(guest, self._there / _GUEST, images, outputs)
         if proof is None:
             raise ChildFailed("the promoted guest ended with its daemon")
         if replica["outputs_mark"] < (self.killed.released if self.killed else 0):
@@ -256,7 +256,7 @@ class Pair:
 
     def _released(self) -> int:
         """The number of the last output that has left the primary."""
-        return self._prover.released(self._here / "output")
+        return self.prover.released(self._here / "output")
 
     def _settled(self) -> dict[str, Any]:
         """The secondary's status of the guest once all that was sent has arrived."""

@@ -57,6 +57,9 @@ class Proof:
 class Prover(Protocol):
     """What a kind of guest knows of its own truth."""
 
+    unit: str
+    """What outputs are counted in until they are compared."""
+
     def released(self, output: Path) -> int:
         """The number of the last output in a file."""
 

@@ -25,6 +25,8 @@ _LINE = re.compile(rb"[A-Z] ([0-9a-f]{2}) ")
 
 
 class KvmProver:
+    unit = "bytes of output"
+
     def released(self, output: Path) -> int:
         return output.stat().st_size if output.exists() else 0
 

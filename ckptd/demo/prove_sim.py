@@ -19,6 +19,8 @@ __all__ = ["SimProver", "compare_outputs", "prove", "read_outputs"]
 
 
 class SimProver:
+    unit = "outputs"
+
     def released(self, output: Path) -> int:
         outputs = read_outputs(output)
         return outputs[-1].number if outputs else 0

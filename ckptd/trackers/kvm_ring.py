@@ -155,10 +155,11 @@ def _dirty_from(flags: npt.NDArray[np.uint32], at: int) -> int:
     size, count, step = len(flags), 0, 256
     while count < size:
         begin = (at + count) & (size - 1)
-        piece = flags[begin : min(begin + step, size, begin + size - count)]
-        clean = int((piece != _DIRTY).argmax()) if len(piece) else 0
-        if piece[clean] != _DIRTY:
-            return count + clean
-        count += len(piece)
+        # Compared once: the vCPU may make the first clean entry a dirty one at any time.
+        clean = flags[begin : min(begin + step, size, begin + size - count)] != _DIRTY
+        first = int(clean.argmax())
+        if clean[first]:
+            return count + first
+        count += len(clean)
         step *= 4
     return count
