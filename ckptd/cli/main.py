@@ -30,6 +30,7 @@ COMMANDS = {
     "record": "Write the retained history of a guest as one recording.",
     "replay": "Replay recorded epochs and check every digest.",
     "discard": "Give up what a secondary holds of a guest.",
+    "doctor": "What this machine offers, what is missing and its cure, and which tracker suits it.",
     "bench": "Measure every figure that the documents claim.",
     "check-config": "Check a configuration file; print each value and where it comes from.",
     "sample-config": "Print a commented configuration file that works as it stands.",

@@ -39,7 +39,7 @@ def test_the_demo_proves_a_failover_and_prints_one_object(tmp_path: Path) -> Non
     arguments = ("--seconds", "2", "--memory", "32MiB", "--seed", "11", "--json")
     line, environment = command(tmp_path, *arguments)
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=100)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report.keys() >= KEYS
     assert report["ok"] is True and report["failures"] == []

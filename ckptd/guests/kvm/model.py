@@ -344,8 +344,10 @@ def check_patterns(spec: KvmSpec, memory: Memory) -> list[str]:
     """At most 10 sentences that name pages of a `patterns` guest which cannot be at any mark; none if all can.
 
     The pages of a vCPU are in its round up to where it is, from there on in the round before. Where it is, its own
-    block says to a batch.
+    block says to a batch. Raises GuestError for other programs.
     """
+    if spec.program != "patterns":
+        raise GuestError(f"pages of the program {spec.program} do not say what they are")
     pages = _Pages(spec)
     headers, copies = (pages.load(memory, word, 4) for word in _HEADERS)
     numbers = np.arange(pages.total)
@@ -377,12 +379,13 @@ def _check_rounds(
     problems: dict[int, str], vcpu: int, numbers: Numbers, rounds: Numbers, sound: npt.NDArray[np.bool_], writes: int
 ) -> None:
     """Those of a vCPU's sound pages whose rounds cannot be, when it had made `writes` writes at its last mark."""
-    if not sound.any():
+    if not len(numbers):
         return
-    newest = int(rounds[sound].max())
-    last = int(np.flatnonzero(sound & (rounds == newest))[-1])
-    places = np.arange(len(numbers))
     at_mark, at_next = _rounds(len(numbers), writes), _rounds(len(numbers), writes + BATCH)
+    possible = sound & (rounds <= at_next)
+    newest = int(rounds[possible].max(initial=0))
+    last = int(np.flatnonzero(possible & (rounds == newest)).max(initial=0))
+    places = np.arange(len(numbers))
     for wrong, problem in (
         (rounds < at_mark, f"is too old: vCPU {vcpu} had written it anew before its last mark"),
         (rounds > at_next, f"is too new: vCPU {vcpu} cannot have come to it again"),
