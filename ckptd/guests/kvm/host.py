@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import grp
 import os
 import struct
 from collections.abc import Mapping
@@ -128,6 +129,13 @@ _CURES: Mapping[int, str] = {
 
 
 def _cure(error: OSError, device: Path) -> str | None:
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return f"add this user to the group that owns {device} (`usermod -aG kvm USER`), and log in anew"
-    return _CURES.get(error.errno or 0)
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return _CURES.get(error.errno or 0)
+    try:
+        found = device.stat()
+        group = grp.getgrgid(found.st_gid).gr_name if found.st_mode & 0o060 == 0o060 and found.st_gid else ""
+    except (OSError, KeyError):
+        group = ""
+    if group:
+        return f"add this user to the group {group} (`usermod -aG {group} USER`), and log in anew"
+    return f"run as root, or give the device to a group of this user: `chown root:kvm {device}; chmod 660 {device}`"

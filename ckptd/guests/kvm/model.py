@@ -228,7 +228,7 @@ _CHUNK = 1 << 20
 
 
 def _random(spec: KvmSpec, pages: _Pages, vcpu: int, done: int, memory: Memory) -> _End:
-    first = x = _start(spec.seed, vcpu)
+    first = x = _start(spec.seed_word, vcpu)
     total = pages.total
     sums, marks, counts, last = slots = np.zeros((4, total), dtype=np.uint32)
     for start in range(0, done * BATCH, _CHUNK):

@@ -98,14 +98,19 @@ class KvmSpec:
                 found.append((start, (end - start) // PAGE_SIZE))
         return found
 
+    @property
+    def seed_word(self) -> int:
+        """The seed as programs of 32 bits have it."""
+        return (self.seed ^ self.seed >> 32) & 0xFFFFFFFF
+
     def boot_block(self) -> bytes:
         """What a program finds at BOOT_BLOCK, all u32:
 
-        0 magic | 4 vcpus | 8 seed, its low half | 12 output_every | 16 batch | 20 areas | 24 pages of all areas
+        0 magic | 4 vcpus | 8 seed, in one word | 12 output_every | 16 batch | 20 areas | 24 pages of all areas
         28 0 | 32 ... gpa | pages, for each area
         """
         areas = self.areas
-        head = (_MAGIC, self.vcpus, self.seed & 0xFFFFFFFF, self.output_every, BATCH, len(areas))
+        head = (_MAGIC, self.vcpus, self.seed_word, self.output_every, BATCH, len(areas))
         flat = [value for area in areas for value in area]
         return struct.pack(f"<{8 + len(flat)}I", *head, sum(pages for _, pages in areas), 0, *flat)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_a_halted_vcpu_does_not_stop_the_others_and_stays_halted(tmp_path: Path)
 
 
 ENDS = {
-    "triple fault": ("int3", "vCPU 0: shut down (a triple fault)"),
+    "triple fault": ("ud2", "vCPU 0: shut down (a triple fault)"),
     "jump to nowhere": ("mov $0x7f000000, %eax; jmp *%eax", "vCPU 0: "),
     "end": ("mov $0x600, %edx; mov $4, %eax; outl %eax, %dx", "vCPU 0: the guest has ended itself"),
     "fault": (
@@ -120,7 +121,7 @@ def test_a_guest_that_ends_says_why_and_can_still_be_saved(how: str, tmp_path: P
         machine.use_tracker("kvm-bitmap").start()
         machine.resume()
         wait_for(lambda: machine.stopped)
-        assert machine.stopped.startswith(why) and machine.trouble.startswith("the guest runs no more: vCPU 0: "[:27])
+        assert machine.stopped.startswith(why) and machine.trouble == f"the guest runs no more: {machine.stopped}"
         machine.pause()
         assert machine.tracker is not None
         machine.tracker.harvest()
@@ -132,11 +133,9 @@ def test_a_guest_that_ends_says_why_and_can_still_be_saved(how: str, tmp_path: P
             other.end()
 
 
-def test_x87_debug_and_model_specific_registers_come_along(tmp_path: Path) -> None:
-    """The first part is done in one machine, the second in another: pi, breakpoint address and MSR are still there."""
+def test_debug_and_model_specific_registers_come_along(tmp_path: Path) -> None:
+    """The first part is done in one machine, the second in another: breakpoint address and MSR are still there."""
     source = f"""
-        fninit
-        fldpi
         mov $0x1234, %eax
         mov %eax, %dr0
         mov $0x174, %ecx
@@ -146,7 +145,6 @@ def test_x87_debug_and_model_specific_registers_come_along(tmp_path: Path) -> No
     wait:
         cmpl $0, {WORK:#x}
         je wait
-        fstpl {WORK + 16:#x}
         mov %dr0, %eax
         mov %eax, {WORK + 32:#x}
         mov $0x174, %ecx
@@ -159,21 +157,40 @@ def test_x87_debug_and_model_specific_registers_come_along(tmp_path: Path) -> No
     spec = KvmSpec(SMALL)
     memory = new_memory(spec)
     with machine_over(spec, assembled(source, tmp_path), memory) as machine:
-        machine.resume()
-        wait_for(lambda: registers_of(machine, 0)["rax"] == 0x5678 if _stop(machine) else False)
+        wait_for(lambda: _moved(machine) and registers_of(machine, 0)["rip"] > CODE + 20)
         other, copy = gone_on(encode(machine.save()), memory)
         try:
             words = copy[0][WORK : WORK + 64].view(np.uint32)
             words[0] = 1
             other.resume()
             wait_for(lambda: words[1])
-            assert copy[0][WORK + 16 : WORK + 24].view(np.float64)[0] == np.pi
             assert (words[8], words[9]) == (0x1234, 0x5678)
         finally:
             other.end()
 
 
-def _stop(machine: Machine) -> bool:
+def test_floating_point_registers_come_along(tmp_path: Path) -> None:
+    """Given by hand, since an emulating KVM does not run the instructions: ST0 and XMM0, in the XSAVE area's layout
+    (Intel SDM volume 1, 13.4): ST0 at 32, XMM0 at 160, which of them count at 512."""
+    spec = KvmSpec(SMALL)
+    memory = new_memory(spec)
+    with machine_over(spec, assembled("spin: jmp spin", tmp_path), memory) as machine:
+        state = machine.save()
+        xsave = bytearray(state.vcpus[0].parts["xsave"])
+        st0, xmm0 = bytes.fromhex("35c26821a2da0fc90040"), bytes(range(16))
+        xsave[32:42], xsave[160:176] = st0, xmm0
+        xsave[512] |= 3
+        vcpu = replace(state.vcpus[0], parts={**state.vcpus[0].parts, "xsave": bytes(xsave)})
+        other, _ = gone_on(encode(replace(state, vcpus=(vcpu,))), memory)
+        try:
+            assert _moved(other)
+            found = other.save().vcpus[0].parts["xsave"]
+            assert (found[32:42], found[160:176]) == (st0, xmm0)
+        finally:
+            other.end()
+
+
+def _moved(machine: Machine) -> bool:
     machine.resume()
     time.sleep(0.005)
     machine.pause()
