@@ -110,7 +110,9 @@ class SecondaryDaemon:
             for session in list(self._sessions):
                 await session.leave("the secondary ends; its replica stays")
             for guest in self.guests.values():
-                if guest.replica.holding != "promoted":
+                if guest.replica.holding == "promoted":
+                    await guest.standby.detach()
+                else:
                     await guest.standby.end()
                 guest.replica.close()
 

@@ -136,6 +136,9 @@ class Standby(Protocol):
         `images` are descriptors of one file for each region, mapped MAP_SHARED. Raises GuestError.
         """
 
+    async def detach(self) -> None:
+        """Leave a guest that runs here running; what only waits may end."""
+
     async def end(self) -> None: ...
     def alive(self) -> bool: ...
     def facts(self) -> dict[str, object]: ...
