@@ -24,10 +24,18 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: setup  ## see it work: two daemons, a guest, a killed primary; 10 seconds
+# What the programs of kvm guests are assembled with. Without it, and without /dev/kvm, those tests say so and are skipped.
+.PHONY: system
+system:
+	@if ! command -v as >/dev/null || ! command -v ld >/dev/null; then \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	        apt-get update -qq && apt-get install -y -qq binutils; \
+	    else echo "the assembler of binutils is missing: kvm guests cannot be tried here" >&2; fi; fi
+
+demo: setup system  ## see it work: two daemons, a guest, a killed primary; 10 seconds
 	$(BIN)/ckptd demo --seconds 10
 
-test: setup  ## run the tests
+test: setup system  ## run the tests
 	$(BIN)/pytest -q
 
 check: setup  ## ruff, mypy --strict and the import contracts
@@ -35,10 +43,10 @@ check: setup  ## ruff, mypy --strict and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-bench: setup  ## measure the figures that the documents claim
+bench: setup system  ## measure the figures that the documents claim
 	$(BIN)/ckptd bench
 
-soak: setup  ## kill and promote for a long time, checking everything
+soak: setup system  ## kill and promote for a long time, checking everything
 	$(BIN)/python -m tests.soak
 
 lock:  ## pin the newest packages that pyproject.toml allows (needs pip-tools)

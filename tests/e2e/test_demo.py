@@ -12,6 +12,9 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
+
+from tests.guests.kvm.machines import needs_kvm
 
 KEYS = {
     "ok", "failures", "guest", "seed", "workload", "seconds", "memory_bytes", "epochs_committed", "epochs_rolled_back",
@@ -35,8 +38,9 @@ def left_behind(tmp_path: Path) -> list[str]:
     return found
 
 
-def test_the_demo_proves_a_failover_and_prints_one_object(tmp_path: Path) -> None:
-    arguments = ("--seconds", "2", "--memory", "32MiB", "--seed", "11", "--json")
+@pytest.mark.parametrize("kind", ["sim", pytest.param("kvm", marks=[pytest.mark.kvm, needs_kvm])])
+def test_proves_a_failover(kind: str, tmp_path: Path) -> None:  # a short name: sockets' paths are short
+    arguments = ("--guest", kind, "--seconds", "2", "--memory", "32MiB", "--seed", "11", "--json")
     line, environment = command(tmp_path, *arguments)
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -45,6 +49,7 @@ def test_the_demo_proves_a_failover_and_prints_one_object(tmp_path: Path) -> Non
     assert report["ok"] is True and report["failures"] == []
     assert report["digest_equal"] is True and report["digest"] == report["expected_digest"]
     assert (report["outputs_lost"], report["outputs_contradicted"], report["outputs_wrong"]) == (0, 0, 0)
+    assert report["guest"] == kind and report["state_equal"] is True
     assert (report["seed"], report["memory_bytes"]) == (11, 32 << 20)  # the CKPTD_ variable above is not the demo's
     assert report["epochs_committed"] > 5 and report["outputs_released"] > 5
     assert report["pause_ms"].keys() == report["commit_ms"].keys() == {"p50", "p99", "max"}
@@ -54,7 +59,7 @@ def test_the_demo_proves_a_failover_and_prints_one_object(tmp_path: Path) -> Non
     assert left_behind(tmp_path) == []
 
 
-def test_an_interrupted_demo_ends_all_that_it_has_started(tmp_path: Path) -> None:
+def test_interrupted_ends_all(tmp_path: Path) -> None:
     line, environment = command(tmp_path, "--seconds", "60", "--memory", "16MiB")
     demo = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -137,7 +137,8 @@ def test_the_guest_outlives_its_daemon_and_holds_its_output(paused: bool, runtim
             assert right(image)
             again.gate.release(again.gate.mark())
             expected = predict(SPEC, batches_of(SPEC, image)).lines
-            assert sorted(output.read_bytes().splitlines(keepends=True)) == sorted(line for one in expected for line in one)
+            said = output.read_bytes().splitlines(keepends=True)
+            assert sorted(said) == sorted(line for one in expected for line in one)
         finally:
             await again.end()
 
@@ -200,7 +201,7 @@ def test_a_ring_asks_for_attention_before_it_is_full(runtime: Path) -> None:
             assert await asyncio.to_thread(select.select, [attention], [], [], 20) != ([], [], [])
             dirty = guest.tracker.harvest()
             # An emulating KVM logs a page at each of its writes, so the ring holds some pages several times.
-            assert 4096 // 8 < dirty.pages and not dirty.overflowed
+            assert dirty.pages > 4096 // 8 and not dirty.overflowed
             guest.clear_attention()
         assert guest.facts()["log_losses"] == 0
 
@@ -283,27 +284,6 @@ def test_input_that_was_not_fetched_is_part_of_the_state_and_is_bounded(runtime:
         assert kept.startswith(b"nobody reads this\n")
 
     with_guest(runtime, work)
-
-
-def test_a_client_that_does_not_read_is_dropped_and_stalls_nobody(runtime: Path) -> None:
-    spec = KvmSpec(Geometry.of(ram=100), "counter", output_every=1)
-
-    async def work(guest: KvmGuest) -> None:
-        client = Client(runtime)
-        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        before = 0
-        for _ in range(10):
-            await until(lambda before=before: guest.gate.written > before + 60_000 or guest.gate.full)  # type: ignore[misc]
-            guest.gate.release(guest.gate.written)
-            before = guest.gate.written
-        await until(lambda: guest.gate.room > 0)
-        client.sock.settimeout(1)
-        with pytest.raises((ConnectionError, EOFError)):
-            while True:
-                if not client.sock.recv(1 << 16):
-                    raise EOFError
-
-    with_guest(runtime, work, spec, gate_capacity=1 << 16)
 
 
 # --- the standby
