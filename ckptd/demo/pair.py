@@ -49,6 +49,7 @@ class Setting:
     seed: int = 1
     level: str = "memory"
     tracker: str = "auto"
+    ring_entries: int = 65536
     rate: int = 20_000
     interval_ms: int = 25
     encoding: str = "raw"
@@ -289,7 +290,8 @@ class Pair:
             "guest": {
                 "name": _GUEST, "kind": one.kind, "memory": f"{one.memory}B", "vcpus": one.vcpus,
                 "workload": one.workload, "seed": one.seed, "tracker": one.tracker, "dirty_rate": one.rate,
-                "output_every": one.output_every, "output": str(self._here / "output"),
+                "ring_entries": one.ring_entries, "output_every": one.output_every,
+                "output": str(self._here / "output"),
             },
             "secondary": {"address": address},
             "checkpoint": {

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ckptd.control.client import wish
 from ckptd.demo.pair import Moment, Pair, Setting
 from ckptd.guests.kvm.machine import TRACKERS
 from tests.guests.kvm.machines import needs_kvm, ring_here
@@ -48,6 +49,24 @@ def test_a_failover_is_proved(moment: Moment, tracker: str, place: Path) -> None
         proof, failures = pair.check()
         assert failures == []
         assert proof.outputs.released > 0 and killed.released > 0
+    finally:
+        pair.close()
+
+
+def test_a_ring_that_is_overrun_all_the_time_makes_no_wrong_replica(place: Path) -> None:
+    """Its log loses pages in most epochs, says so, and everything is compared and resent."""
+    if why := ring_here():
+        pytest.skip(why)
+    pair = protected(place, tracker="kvm-ring", ring_entries=4096, rate=0, interval_ms=50)
+    try:
+        for _ in range(3):
+            pair.protect(0.5)
+            assert wish(pair.primary.socket, "verify", timeout=60)["equal"]
+        assert pair.last["guest_facts"]["log_losses"] > 3 and pair.last["rescans"] > 3
+        pair.kill_primary()
+        pair.promote()
+        pair.run_on(0.2)
+        assert pair.check()[1] == []
     finally:
         pair.close()
 
