@@ -15,7 +15,8 @@ from ckptd.config import GuestConfig
 from ckptd.demo.proof import OutputsFound, Proof, compare_memory, read_image
 from ckptd.guests.kvm import KvmGuest, spec_from
 from ckptd.guests.kvm.abi import REG_NAMES, REGS
-from ckptd.guests.kvm.model import batches_of, differing, predict
+from ckptd.guests.kvm.differences import differing
+from ckptd.guests.kvm.model import batches_of, predict
 from ckptd.guests.kvm.spec import KvmSpec
 from ckptd.guests.kvm.state import State, decode
 

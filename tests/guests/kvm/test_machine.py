@@ -13,9 +13,10 @@ import pytest
 
 from ckptd.errors import GuestError, StateError, TrackerUnavailable
 from ckptd.guests.kvm import abi
+from ckptd.guests.kvm.differences import differing
 from ckptd.guests.kvm.gate import KvmGate, gate_bytes
 from ckptd.guests.kvm.machine import TRACKERS, Machine
-from ckptd.guests.kvm.model import batches_of, differing, predict
+from ckptd.guests.kvm.model import batches_of, predict
 from ckptd.guests.kvm.spec import CODE, VCPU_BLOCKS, WORK, KvmSpec
 from ckptd.guests.kvm.state import decode, encode
 from ckptd.memory.regions import Geometry

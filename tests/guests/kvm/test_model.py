@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptd.errors import GuestError
-from ckptd.guests.kvm.model import Expected, Store, batches_of, check_patterns, differing, predict
+from ckptd.guests.kvm.differences import check_patterns, differing
+from ckptd.guests.kvm.model import Expected, batches_of, predict
 from ckptd.guests.kvm.programs import image_of
 from ckptd.guests.kvm.spec import BATCH, LINES, VCPU_BLOCKS, KvmSpec
+from ckptd.guests.kvm.store import Store
 from ckptd.memory.regions import Geometry, Region
 from ckptd.units import PAGE_SIZE
 
@@ -101,7 +103,7 @@ class Naive:
         return {"rdi": self.pages[number], "rsi": number, "rcx": current, "rbx": vcpu}
 
     def random(self, vcpu: int, done: int) -> dict[str, int]:
-        x = (self.spec.seed + vcpu * 0x9E3779B9) & M
+        x = (self.spec.seed_word + vcpu * 0x9E3779B9) & M
         x ^= x >> 16
         x = x * 0x85EBCA6B & M
         x ^= x >> 13

@@ -17,8 +17,9 @@ import pytest
 
 from ckptd.errors import GuestError, StateError, TrackerUnavailable
 from ckptd.guests.kvm import KvmGuest, KvmStandby
+from ckptd.guests.kvm.differences import differing
 from ckptd.guests.kvm.machine import TRACKERS
-from ckptd.guests.kvm.model import batches_of, differing, predict
+from ckptd.guests.kvm.model import batches_of, predict
 from ckptd.guests.kvm.spec import KvmSpec
 from ckptd.guests.kvm.state import decode
 from ckptd.guests.process.shared import make_file, map_file
