@@ -48,6 +48,7 @@ class Session:
         self._machine = SecondaryMachine(Timing(link.heartbeat, link.timeout), time.monotonic_ns())
         self._guest: Protected | None = None
         self._work: asyncio.Task[None] | None = None
+        self._looked_at_state = False
         self._ended = asyncio.Event()
         self._heard_at = time.monotonic_ns()
         self._link = Link(sock, self._machine, self._on_event, self._on_end)
@@ -238,6 +239,17 @@ class Session:
         assert self._guest is not None
         self._link.send(self._machine.acknowledge(event.level))
         self._guest.committed_at = time.time()
+        if not self._looked_at_state:
+            self._looked_at_state = True
+            self._look_at_state(self._guest)
+
+    def _look_at_state(self, guest: Protected) -> None:
+        """A host that could not run the guest is better known now than when it is needed."""
+        why = guest.standby.unfit(self._replica.state)
+        if why:
+            guest.log.error("this guest could NOT be resumed here", reason=why)
+            reason = f"from the primary at {self.address}; the guest could NOT be resumed here: {why}"
+            guest.condition.become("receiving", reason)
 
     async def _send_table(self) -> None:
         for frame in self._machine.table_frames():

@@ -127,6 +127,9 @@ class Standby(Protocol):
     async def prepare(self) -> None:
         """Have all that can be ready, so that `activate` takes milliseconds."""
 
+    def unfit(self, state: bytes) -> str:
+        """Why this host could not go on with the guest of this state; empty if it could. For the operator, early."""
+
     async def activate(
         self, geometry: Geometry, images: Sequence[int], state: bytes, held: bytes, released: int
     ) -> None:

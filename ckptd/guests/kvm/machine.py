@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptd.errors import GuestError, StateError, TrackerUnavailable
-from ckptd.guests.kvm.cpuid import lacking
 from ckptd.guests.kvm.devices import Console
 from ckptd.guests.kvm.gate import KvmGate
 from ckptd.guests.kvm.host import cpuid_of, features_of, msrs_of, open_kvm
 from ckptd.guests.kvm.registers import Layout, enter_flat, load_vcpu, save_vcpu, usable_msrs
 from ckptd.guests.kvm.spec import BOOT_BLOCK, CODE, KvmSpec
-from ckptd.guests.kvm.state import State, VcpuState
+from ckptd.guests.kvm.state import State, VcpuState, unfit
 from ckptd.guests.kvm.vcpu import Vcpu, seconds_between_marks
 from ckptd.guests.kvm.vm import LogMode, Vm
 from ckptd.trackers.kvm_bitmap import KvmBitmapTracker
@@ -246,15 +245,8 @@ class Machine:
         return State(self.spec, self._cpuid, clock, self.console.waiting, self.gate.written, self.stopped, vcpus)
 
     def _load(self, state: State) -> None:
-        missing = lacking(state.cpuid, self._cpuid)
-        if missing:
-            raise GuestError(
-                f"this host's CPU or KVM lacks what the guest has seen: {', '.join(missing)}",
-                hint="use hosts of one model",
-            )
-        foreign = [len(one.parts["xsave"]) for one in state.vcpus if len(one.parts["xsave"]) > self._layout.xsave_bytes]
-        if foreign:
-            raise GuestError(f"the vCPUs' XSAVE area has {foreign[0]} bytes, here {self._layout.xsave_bytes}")
+        if why := unfit(state, self._cpuid, self._layout.xsave_bytes):
+            raise GuestError(why, hint="use hosts of one model")
         self._cpuid = state.cpuid
         self.stopped = state.stopped
         self.console.typed(state.input)
@@ -299,24 +291,30 @@ class Machine:
         return self.tracker
 
     def rebuild(self, mode: LogMode | None = None) -> None:
-        """Another VM over the same memory, its log empty and off; the vCPUs go on in it where they were."""
+        """Another VM over the same memory, its log empty and off; the vCPUs go on in it where they were, or, if it
+        cannot be made, in the old one."""
         was_paused = self._paused
         self.pause()
-        state = self.save()
-        old = self._vm
-        self._vm = self._build(mode or old.mode)
-        for vcpu, file, saved in zip(self.vcpus, self._vm.vcpus, state.vcpus, strict=True):
-            load_vcpu(file.fd, saved.parts, state.cpuid)
-            vcpu.file, vcpu.ring_full = file, False
-        self._vm.set_clock(state.clock)
-        old.close()
-        if not was_paused:
-            self.resume()
+        try:
+            state, old = self.save(), self._vm
+            vm = self._build(mode or old.mode)
+            try:
+                for file, saved in zip(vm.vcpus, state.vcpus, strict=True):
+                    load_vcpu(file.fd, saved.parts, state.cpuid)
+                vm.set_clock(state.clock)
+            except BaseException:
+                vm.close()
+                raise
+            for vcpu, file in zip(self.vcpus, vm.vcpus, strict=True):
+                vcpu.file, vcpu.ring_full = file, False
+            self._vm = vm
+            old.close()
+        finally:
+            if not was_paused:
+                self.resume()
 
     def _build(self, mode: LogMode) -> Vm:
-        vm = Vm(self._kvm, self.features, self._memory, self._places, mode)
-        for _ in range(self.spec.vcpus):
-            vm.add_vcpu()
+        vm = Vm(self._kvm, self.features, self._memory, self._places, mode, self.spec.vcpus)
         if not self._layout.xsave_bytes:
             msrs = usable_msrs(vm.vcpus[0].fd, msrs_of(self._kvm))
             self._layout = Layout.of(self.features, msrs)
@@ -338,7 +336,10 @@ class Machine:
         return [vcpu.ring for vcpu in self._vm.vcpus if vcpu.ring is not None]
 
     def waiting_on_full(self) -> bool:
-        return any(vcpu.ring_full for vcpu in self.vcpus)
+        for vcpu in self.vcpus:  # noqa: SIM110
+            if vcpu.ring_full:
+                return True
+        return False
 
     def reset_rings(self) -> int:
         count = self._vm.reset_rings()

@@ -37,7 +37,8 @@ from ckptd.trackers.kvm_ring import KvmRingTracker
 
 __all__ = ["KvmProcess", "exchange_bytes", "main"]
 
-_RING_LOOK = 0.005  # seconds between two looks at how full the rings are
+_LOOK = 0.1  # seconds between two looks at the guest when nothing happens: how far it is is in the status
+_RING_LOOK = 0.005  # the same where a ring may fill
 _GATE_LOOK = 0.05  # between two tries to release what could not be written
 _STATE_BYTES = 1 << 20
 _VCPU_BYTES = 1 << 17
@@ -104,7 +105,7 @@ class KvmProcess:
             return None
         if self._open and self._gate is not None and self._gate.released < self._gate.written:
             return _GATE_LOOK
-        return _RING_LOOK if isinstance(self._machine.tracker, KvmRingTracker) else None
+        return _RING_LOOK if isinstance(self._machine.tracker, KvmRingTracker) else _LOOK
 
     def _attend(self) -> None:
         if self._server.connected:

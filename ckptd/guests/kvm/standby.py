@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
+from ckptd.errors import CkptdError
 from ckptd.guests.kvm.gate import KvmGate, gate_bytes
-from ckptd.guests.kvm.host import open_kvm
-from ckptd.guests.kvm.state import decode
+from ckptd.guests.kvm.host import cpuid_of, features_of, open_kvm
+from ckptd.guests.kvm.state import decode, unfit
 from ckptd.guests.process.shared import make_file, map_file
 from ckptd.guests.process.standby import ProcessStandby, refuse_other_geometry, refuse_other_outputs
 from ckptd.memory.regions import Geometry
@@ -25,6 +26,16 @@ class KvmStandby(ProcessStandby):
         if self._link is None:
             os.close(open_kvm())
         await super().prepare()
+
+    def unfit(self, state: bytes) -> str:
+        try:
+            kvm = open_kvm()
+            try:
+                return unfit(decode(state), cpuid_of(kvm), features_of(kvm).xsave_bytes)
+            finally:
+                os.close(kvm)
+        except CkptdError as error:
+            return str(error)
 
     def _open_gate(self, geometry: Geometry, state: bytes, held: bytes, released: int) -> int:
         found = decode(state)

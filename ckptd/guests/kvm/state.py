@@ -23,10 +23,11 @@ import msgpack
 
 from ckptd.errors import CkptdError, GuestError
 from ckptd.guests.kvm import abi
+from ckptd.guests.kvm.cpuid import lacking
 from ckptd.guests.kvm.registers import Layout
 from ckptd.guests.kvm.spec import KvmSpec
 
-__all__ = ["State", "VcpuState", "decode", "encode"]
+__all__ = ["State", "VcpuState", "decode", "encode", "unfit"]
 
 VERSION = 1
 _MAGIC = b"CKPTKVM\0"
@@ -99,6 +100,16 @@ def decode(blob: bytes) -> State:
         raise GuestError(f"the saved state is wrong: {error.message}", hint="nothing of it was loaded") from error
     except Exception as error:  # msgpack raises many kinds; a key that lacks, a type that differs
         raise GuestError(f"the saved state is wrong: {error!r}", hint="nothing of it was loaded") from error
+
+
+def unfit(state: State, cpuid: bytes, xsave_bytes: int) -> str:
+    """Why a host with this CPUID and XSAVE area cannot go on with the guest; empty if it can."""
+    if missing := lacking(state.cpuid, cpuid):
+        return f"this host's CPU or KVM lacks what the guest has seen: {', '.join(missing)}"
+    for vcpu in state.vcpus:
+        if (size := len(vcpu.parts["xsave"])) > xsave_bytes:
+            return f"the vCPUs' XSAVE area has {size} bytes, and here {xsave_bytes}"
+    return ""
 
 
 def _checked(raw: dict[str, Any]) -> State:

@@ -52,7 +52,7 @@ class VcpuFile:
 class Vm:
     """`memory`: the bytes of each region, mapped shared and writable; `places`: their guest-physical addresses.
 
-    Raises GuestError, TrackerUnavailable, ConfigError.
+    The vCPUs are as KVM resets them. Raises GuestError, TrackerUnavailable, ConfigError.
     """
 
     def __init__(
@@ -61,7 +61,8 @@ class Vm:
         features: Features,
         memory: Sequence[npt.NDArray[np.uint8]],
         places: Sequence[int],
-        mode: LogMode = LogMode(),
+        mode: LogMode,
+        vcpus: int,
     ) -> None:
         self.mode = mode
         self._memory = list(memory)  # KVM keeps addresses: the mappings must live as long as the VM
@@ -71,6 +72,8 @@ class Vm:
         self.fd = _call(kvm, abi.CREATE_VM, "a VM cannot be created")
         try:
             self._set_up(features)
+            for _ in range(vcpus):
+                self._add_vcpu()
         except BaseException:
             self.close()
             raise
@@ -120,17 +123,15 @@ class Vm:
     def _enable(self, cap: Cap, argument: int) -> None:
         fcntl.ioctl(self.fd, abi.ENABLE_CAP, abi.ENABLE_CAP_ARGS.pack(int(cap), 0, argument, 0, 0, 0))
 
-    def add_vcpu(self) -> VcpuFile:
+    def _add_vcpu(self) -> None:
         """The next vCPU, as KVM resets it."""
         fd = _call(self.fd, abi.CREATE_VCPU, "a vCPU cannot be created", len(self.vcpus))
-        run = mmap.mmap(fd, fcntl.ioctl(self._kvm, abi.GET_VCPU_MMAP_SIZE, 0))
-        ring = None
+        vcpu = VcpuFile(fd, mmap.mmap(fd, fcntl.ioctl(self._kvm, abi.GET_VCPU_MMAP_SIZE, 0)), None)
+        self.vcpus.append(vcpu)
         if self.mode.ring_entries:
             size = self.mode.ring_entries * ENTRY.itemsize
-            ring = np.frombuffer(mmap.mmap(fd, size, offset=abi.RING_PAGE_OFFSET * mmap.PAGESIZE), dtype=ENTRY)
-        vcpu = VcpuFile(fd, run, ring)
-        self.vcpus.append(vcpu)
-        return vcpu
+            ring = mmap.mmap(fd, size, offset=abi.RING_PAGE_OFFSET * mmap.PAGESIZE)
+            vcpu.ring = np.frombuffer(ring, dtype=ENTRY)
 
     def close(self) -> None:
         """Leave it; the kernel ends it when the last mapping of a ring is gone, too."""

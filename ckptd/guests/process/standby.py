@@ -43,6 +43,9 @@ class ProcessStandby:
             self._link = await GuestLink.open(self._runtime, self.module)
             self._page = ControlPage(map_file(self._link.page_fd))
 
+    def unfit(self, state: bytes) -> str:
+        return ""
+
     async def activate(
         self, geometry: Geometry, images: Sequence[int], state: bytes, held: bytes, released: int
     ) -> None:

@@ -238,7 +238,11 @@ def test_a_copy_by_harvests_is_never_wrong(tracker: str, entries: int, tmp_path:
         for number in range(1, 101):
             guest._iteration[0] = number
             guest.machine.resume()
-            time.sleep(0.02 if entries == 4096 and number % 2 else 0.003)
+            if entries == 4096 and number % 2:  # until a vCPU has filled its ring, and more
+                guest.run_for(1 << 62, 0)
+                assert guest.machine.waiting_on_full()
+            else:
+                time.sleep(0.003)
             take()
             if guest.machine.paused:
                 guest.machine.resume()
@@ -247,4 +251,4 @@ def test_a_copy_by_harvests_is_never_wrong(tracker: str, entries: int, tmp_path:
             take()
             wrong = np.flatnonzero(copy != guest.values)
             assert not len(wrong), f"round {number}: pages {wrong[:5].tolist()} of the copy are wrong"
-        assert (overflows > 0) == (entries == 4096), "the small ring is meant to be overrun, the large one is not"
+        assert overflows >= 50 if entries == 4096 else not overflows

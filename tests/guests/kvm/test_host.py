@@ -95,7 +95,7 @@ def test_a_capability_that_lacks(lacks: dict[str, int], mode: LogMode, said: str
     fd = open_kvm()
     try:
         with pytest.raises(TrackerUnavailable, match=said) as raised:
-            Vm(fd, replace(features_of(fd), **lacks), new_memory(SPEC), SPEC.places, mode)  # type: ignore[arg-type]
+            Vm(fd, replace(features_of(fd), **lacks), new_memory(SPEC), SPEC.places, mode, 1)  # type: ignore[arg-type]
         assert cure in (raised.value.hint or "")
     finally:
         os.close(fd)
@@ -110,9 +110,9 @@ def test_a_ring_that_is_too_large_or_refused_by_the_kernel() -> None:
         if not features.ring_entries:
             pytest.skip("this kernel's KVM has no dirty ring")
         with pytest.raises(ConfigError, match="at most 65536 entries"):
-            Vm(fd, features, new_memory(SPEC), SPEC.places, LogMode(ring_entries=1 << 20))
+            Vm(fd, features, new_memory(SPEC), SPEC.places, LogMode(ring_entries=1 << 20), 1)
         with pytest.raises(TrackerUnavailable, match="refuses a dirty ring of 300"):
-            Vm(fd, features, new_memory(SPEC), SPEC.places, LogMode(ring_entries=300))
+            Vm(fd, features, new_memory(SPEC), SPEC.places, LogMode(ring_entries=300), 1)
     finally:
         os.close(fd)
 

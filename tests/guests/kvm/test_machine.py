@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ckptd.errors import GuestError, StateError, TrackerUnavailable
+from ckptd.errors import ConfigError, GuestError, StateError, TrackerUnavailable
 from ckptd.guests.kvm import abi
 from ckptd.guests.kvm.differences import differing
 from ckptd.guests.kvm.gate import KvmGate, gate_bytes
@@ -279,6 +279,18 @@ def test_another_vm_over_the_same_memory_changes_nothing(tracker: str) -> None:
         machine.pause_at_marks(30)
         batches = batches_of(spec, memory)
         assert differing(predict(spec, batches), [memory[0].reshape(-1, PAGE_SIZE)], spec) == []
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_vm_that_cannot_be_made_leaves_the_old_one_as_it_was(paused: bool) -> None:
+    with machine_over(KvmSpec(Geometry.of(ram=300), vcpus=2)) as machine:
+        if not paused:
+            machine.resume()
+        with pytest.raises(ConfigError, match="at most"):
+            machine.use_tracker("kvm-ring", 1 << 20)
+        assert machine.paused == paused
+        machine.resume()
+        machine.pause_at_marks(30)
 
 
 def test_a_full_gate_stalls_the_vcpu_which_can_be_paused_and_loses_nothing(tmp_path: Path) -> None:
