@@ -266,6 +266,43 @@ def test_a_guest_moved_at_random_moments_ends_as_its_model_says(program: str, vc
         assert [line for line in said.splitlines(keepends=True) if line[1:5] == letter] == lines
 
 
+def test_no_port_access_is_done_twice_or_left_out_when_a_guest_is_moved_in_the_middle_of_it(tmp_path: Path) -> None:
+    """The guest passes on what it reads: numbers that a device counts, each of which exists once."""
+    source = """
+    next:
+        mov $0x700, %edx
+        inb %dx, %al
+        mov $0x3f8, %edx
+        outb %al, %dx
+        jmp next
+    """
+    spec, chance, given = KvmSpec(SMALL), random.Random(1), 0
+    memory = new_memory(spec)
+
+    def count(port: int, size: int, count: int) -> bytes:
+        nonlocal given
+        given += 1
+        return bytes([given & 0xFF])
+
+    with machine_over(spec, assembled(source, tmp_path), memory) as first:
+        machine, said = first, b""
+        for _ in range(40):
+            machine.vcpus[0].devices.read = count  # type: ignore[method-assign]
+            machine.resume()
+            time.sleep(chance.random() * 0.002)
+            machine.pause()
+            said += machine.gate.held(machine.gate.mark())
+            machine.gate.release(machine.gate.mark())
+            moved, memory = gone_on(encode(machine.save()), memory)
+            if machine is not first:
+                machine.end()
+            machine = moved
+        said += machine.vcpus[0].pending
+        machine.end()
+    assert len(said) > 100 and given - len(said) in (0, 1)
+    assert said == bytes(number & 0xFF for number in range(1, len(said) + 1))
+
+
 @pytest.mark.parametrize("tracker", TRACKERS)
 def test_another_vm_over_the_same_memory_changes_nothing(tracker: str) -> None:
     spec = KvmSpec(Geometry.of(ram=300), vcpus=2)
