@@ -44,7 +44,7 @@ class KvmManualTracker(KvmTracker):
             self._log.get_dirty_log(region, words)
             found = gfns_of_bitmap(words, self._geometry[region].pages)
             if len(found):
-                self._clear(region, words, int(found[0]) >> 6, int(found[-1]) >> 6)
+                self._clear(region, words, found.item(0) >> 6, found.item(-1) >> 6)
             gfns.append(found)
         self.exact, self._fresh = self._hardware and not self._fresh, False
         return DirtySet(gfns)

@@ -27,7 +27,6 @@ tools/testing/selftests/kvm/dirty_log_test.c.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -42,15 +41,33 @@ __all__ = ["ENTRY", "KvmRingTracker"]
 
 ENTRY = np.dtype([("flags", "<u4"), ("slot", "<u4"), ("offset", "<u8")])
 _DIRTY, _HARVESTED = 1, 2
-_PLACE = np.int64(1) << 40  # region * _PLACE + gfn sorts all pages of a guest
+_LOOK = 256  # entries that are looked at first; then as many as the last harvest had, and _MORE
+_MORE = 16
+_MANY = 2048  # from so many on, two passes by 16 bits are faster than a sort of 64-bit numbers
 
-Ring = npt.NDArray[np.void]
+
+class _Ring:
+    """A ring as numbers, and where in it we are. Made once: views of its fields cost as much as a small harvest."""
+
+    __slots__ = ("flags", "last", "look", "next", "offsets", "size", "slots", "start", "tested")
+
+    def __init__(self, ring: npt.NDArray[np.void], only_slot_0: bool) -> None:
+        self.size = len(ring)
+        self.last = self.size - 1
+        self.next = 0  # free-running, as the kernel's own
+        self.start = 0  # where the harvest under way began
+        self.look = _LOOK
+        self.flags: npt.NDArray[np.uint32] = ring["flags"]
+        self.slots: npt.NDArray[np.uint32] = ring["slot"]
+        self.offsets: npt.NDArray[np.int64] = ring["offset"].view(np.int64)
+        # Flags and slot make one word, which is _DIRTY where an entry of slot 0 is: one comparison tests both.
+        self.tested = ring.view(np.uint64)[::2] if only_slot_0 else self.flags
 
 
 class KvmRingTracker(KvmTracker):
     """`reserve`: entries that a vCPU may log between two looks of the kernel at its ring (guests/kvm/host.py)."""
 
-    __slots__ = ("_next", "_reserve", "overflows")
+    __slots__ = ("_edges", "_end", "_one_region", "_pages", "_reserve", "_rings", "overflows")
 
     name = "kvm-ring"
 
@@ -62,23 +79,31 @@ class KvmRingTracker(KvmTracker):
             )
         super().__init__(geometry, log, exact=exact)
         self._reserve = reserve
-        self._next: list[int] = []
+        self._rings: list[_Ring] = []
+        self._one_region = len(geometry) == 1
+        # A page's place is its number in the whole guest: region i has the places from edge i to edge i + 1.
+        self._pages = np.array([region.pages for region in geometry], dtype=np.int64)
+        self._edges = np.concatenate(([0], self._pages.cumsum()))
+        self._end = int(self._edges[-1])
         self.overflows = 0
 
     @property
     def half_full(self) -> bool:
         """A ring is half full: better harvest it before its vCPU is stopped, or overruns it."""
         return self._started and any(
-            ring["flags"][(at + len(ring) // 2) & (len(ring) - 1)] == _DIRTY
-            for ring, at in zip(self._log.rings, self._next, strict=True)
+            ring.flags.item((ring.next + ring.size // 2) & ring.last) == _DIRTY for ring in self._rings
         )
 
     def _begin(self) -> None:
         # The kernel does not say where in a ring it is, so a log begins with rings that nobody has written.
         self._log.arm(False)
+        self._anew()
+
+    def _anew(self) -> None:
+        self._rings.clear()  # a VM lives as long as a mapping of its rings
         self._log.rebuild()
         self._log.arm(True)
-        self._next = [0] * len(self._log.rings)
+        self._rings.extend(_Ring(ring, self._one_region) for ring in self._log.rings)
 
     def stop(self) -> None:
         if self._started:
@@ -86,80 +111,102 @@ class KvmRingTracker(KvmTracker):
             self._drain()
 
     def _take(self) -> DirtySet:
-        rings, waiting = self._log.rings, self._log.waiting_on_full()
-        starts = list(self._next)
-        places, sound = self._collect(rings)
-        taken = sum(self._next) - sum(starts)
-        reset = self._log.reset_rings()
-        for ring, start in zip(rings, starts, strict=True):
-            limit = len(ring) - self._reserve
-            sound &= ring["flags"][(start + limit) & (len(ring) - 1)] != _DIRTY
+        log, waiting = self._log, self._log.waiting_on_full()
+        places, taken, sound = self._collect()
+        reset = log.reset_rings()
+        for ring in self._rings:
+            if ring.flags.item((ring.start + ring.size - self._reserve) & ring.last) == _DIRTY:
+                sound = False
         gfns = self._by_region(places)
         if gfns is not None and sound and reset == taken and (taken or not waiting):
             return DirtySet(gfns)
         self.overflows += 1
-        self._log.rebuild()
-        self._log.arm(True)
-        self._next = [0] * len(self._log.rings)
+        self._anew()
         return DirtySet(gfns or DirtySet.empty(len(self._geometry)).gfns, overflowed=True)
 
-    def _collect(self, rings: Sequence[Ring]) -> tuple[npt.NDArray[np.int64], bool]:
-        """Read and mark what is dirty in every ring. The places, and whether no ring was too full."""
-        parts, sound = [], True
-        for vcpu, ring in enumerate(rings):
-            start, size = self._next[vcpu], len(ring)
-            count = _dirty_from(ring["flags"], start & (size - 1))
-            if not count:
-                continue
-            sound &= count <= size - self._reserve
-            at = start & (size - 1)
-            for piece in (ring[at : at + count], ring[: max(0, at + count - size)]):
-                if len(piece):
-                    # A memslot that nobody has makes a place beyond every region, which is found below.
-                    parts.append(piece["slot"] * _PLACE + piece["offset"].view(np.int64))
-                    piece["flags"] = _HARVESTED
-            self._next[vcpu] = start + count
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.int64)), sound
+    def _collect(self) -> tuple[Gfns, int, bool]:
+        """Read and mark what is dirty in every ring: places, how many entries, and whether nothing was wrong."""
+        parts: list[Gfns] = []
+        taken, sound = 0, True
+        for ring in self._rings:
+            at, size = ring.next & ring.last, ring.size
+            count = _dirty_from(ring.tested, at, ring.look)
+            end = at + count
+            if self._one_region and ring.slots.item(end & ring.last):
+                sound = False  # the entry that ends the harvest, and may be dirty, is of a slot that nobody has
+            if count > size - self._reserve:
+                sound = False
+            for first, stop in ((at, end),) if end <= size else ((at, size), (0, end - size)):
+                places = self._places(ring, first, stop)
+                if places is None:
+                    sound = False
+                else:
+                    parts.append(places)
+                ring.flags[first:stop] = _HARVESTED
+            ring.start = ring.next
+            ring.next += count
+            ring.look = count + (count >> 3) + _MORE
+            taken += count
+        if len(parts) == 1:
+            return parts[0], taken, sound
+        return np.concatenate(parts) if parts else np.empty(0, np.int64), taken, sound
 
-    def _by_region(self, places: npt.NDArray[np.int64]) -> list[Gfns] | None:
+    def _places(self, ring: _Ring, first: int, stop: int) -> Gfns | None:
+        """Of these entries, in their order; None if one names no page of the guest."""
+        offsets = ring.offsets[first:stop].copy()
+        if self._one_region or first == stop:
+            return offsets  # pages of the region if the least and the greatest are: see _by_region
+        slots = ring.slots[first:stop].astype(np.intp)
+        if slots.max() >= len(self._pages):
+            return None
+        # Compared without sign: what is below zero is too large.
+        if (offsets.view(np.uint64) >= self._pages[slots].view(np.uint64)).any():
+            return None
+        offsets += self._edges[slots]
+        return offsets
+
+    def _by_region(self, places: Gfns) -> list[Gfns] | None:
         """Sorted, unique, by region; None if a place is in no region."""
-        places.sort()
-        if len(places) > 1:
-            first = np.empty(len(places), dtype=np.bool_)
-            first[0] = True
-            np.not_equal(places[1:], places[:-1], out=first[1:])
-            if not first.all():
-                places = places[first]
-        if len(self._geometry) == 1:
-            gfns = [places]
-        else:
-            edges = np.arange(len(self._geometry) + 1, dtype=np.int64) * _PLACE
-            bounds = places.searchsorted(edges)
-            if bounds[0] or bounds[-1] != len(places):
+        count, end = len(places), self._end
+        if count >= _MANY and end <= 1 << 32:
+            if places.view(np.uint64).max() >= end:
                 return None
-            gfns = [places[start:end] - edge for (start, end), edge in zip(pairwise(bounds), edges, strict=False)]
-        for one, region in zip(gfns, self._geometry, strict=True):
-            if len(one) and not (one[0] >= 0 and one[-1] < region.pages):
+            places = _sorted_by_halves(places)
+        elif count:
+            places.sort()
+            if places.item(0) < 0 or places.item(-1) >= end:
                 return None
-        return gfns
+        if count > 1:
+            same = places[1:] == places[:-1]
+            if same.item(same.argmax()):
+                places = places[np.concatenate(([True], ~same))]
+        if self._one_region:
+            return [places]
+        bounds = places.searchsorted(self._edges)
+        return [places[start:stop] - edge for (start, stop), edge in zip(pairwise(bounds), self._edges, strict=False)]
 
     def _drain(self) -> None:
         """Nobody harvests any more: vCPUs that wait on a full ring go on."""
-        self._collect(self._log.rings)
+        self._collect()
         self._log.reset_rings()
 
 
-def _dirty_from(flags: npt.NDArray[np.uint32], at: int) -> int:
-    """How many entries in sequence, from `at` on and around, are dirty."""
-    # Most harvests are small: look at a short piece first, then at four times as many.
-    size, count, step = len(flags), 0, 256
+def _sorted_by_halves(places: Gfns) -> Gfns:
+    """Sorts what is less than 2**32; numpy sorts 16 bits by counting."""
+    places = places[places.astype(np.uint16).argsort(kind="stable")]
+    return places[(places >> 16).astype(np.uint16).argsort(kind="stable")]
+
+
+def _dirty_from(tested: npt.NDArray[np.uint32] | npt.NDArray[np.uint64], at: int, look: int = _LOOK) -> int:
+    """How many entries in sequence, from `at` on and around, are dirty. Looks at a piece first, then at more."""
+    size, count = len(tested), 0
     while count < size:
         begin = (at + count) & (size - 1)
         # Compared once: the vCPU may make the first clean entry a dirty one at any time.
-        clean = flags[begin : min(begin + step, size, begin + size - count)] != _DIRTY
-        first = int(clean.argmax())
-        if clean[first]:
-            return count + first
+        clean = tested[begin : min(begin + look, size, begin + size - count)] != _DIRTY
+        first = clean.argmax()
+        if clean.item(first):
+            return count + int(first)
         count += len(clean)
-        step *= 4
+        look *= 4
     return count

@@ -69,6 +69,8 @@ class Vm:
         self._places = list(places)
         self._kvm = kvm
         self.vcpus: list[VcpuFile] = []
+        # By region, the last map and the argument that names it: numpy takes microseconds to tell an address.
+        self._maps: dict[int, tuple[Words, bytes]] = {}
         self.fd = _call(kvm, abi.CREATE_VM, "a VM cannot be created")
         try:
             self._set_up(features)
@@ -150,13 +152,17 @@ class Vm:
             self._set_region(region, abi.MemoryFlag.LOG_DIRTY_PAGES if logging else abi.MemoryFlag(0))
 
     def get_dirty_log(self, region: int, words: Words) -> None:
+        known = self._maps.get(region)
+        if known is None or known[0] is not words:
+            known = self._maps[region] = (words, abi.DIRTY_LOG.pack(region, 0, words.ctypes.data))
         try:
-            fcntl.ioctl(self.fd, abi.GET_DIRTY_LOG, abi.DIRTY_LOG.pack(region, 0, words.ctypes.data))
+            fcntl.ioctl(self.fd, abi.GET_DIRTY_LOG, known[1])
         except OSError as error:
             raise TrackerError(f"KVM_GET_DIRTY_LOG failed: {error.strerror}", region=region) from error
 
     def clear_dirty_log(self, region: int, first: int, pages: int, words: Words) -> None:
-        argument = bytearray(abi.CLEAR_LOG.pack(region, pages, first, words.ctypes.data))
+        address = ctypes.addressof(ctypes.c_char.from_buffer(words))
+        argument = bytearray(abi.CLEAR_LOG.pack(region, pages, first, address))
         try:
             fcntl.ioctl(self.fd, abi.CLEAR_DIRTY_LOG, argument)
         except OSError as error:
