@@ -14,7 +14,7 @@ __all__ = ["bench"]
 
 
 def bench(
-    what: Annotated[Literal["all", "link", "epoch"], Parameter()] = "all",
+    what: Annotated[Literal["all", "link", "epoch", "harvest"], Parameter()] = "all",
     *,
     memory: str | None = None,
     seconds: float = 60.0,
@@ -34,6 +34,7 @@ def bench(
     ----------
     what
         link: the first image beside a plain TCP pair. epoch: steady protection, 1,000 dirty pages in each epoch.
+        harvest: what a harvest of KVM's dirty log costs, beside the bare ioctls.
     memory
         Of the guest: 2GiB for link, 1GiB for epoch.
     seconds
@@ -65,6 +66,16 @@ def bench(
             memory_bytes=parse_size(memory or "1GiB"), pages=pages, seconds=seconds, interval_ms=interval,
             tracker=tracker, level=level, encoding=encoding, sizes=(256 << 20, 4 << 30) if sizes else (), say=_say,
         ))  # fmt: skip
+    if what in ("all", "harvest"):
+        from ckptd.bench.harvest import bench_harvest
+        from ckptd.errors import TrackerUnavailable
+
+        try:
+            results.append(bench_harvest(say=_say))
+        except TrackerUnavailable as error:
+            if what == "harvest":
+                raise
+            _say(f"no harvest: {error}")
     emit(results[0] if what != "all" else {"results": results}, as_json, lambda _: _table(results))
 
 
@@ -82,6 +93,13 @@ def _table(results: list[dict[str, Any]]) -> Any:
             table.add_row("link", label, f"{result['first_image_gbps']} GB/s", "")
             table.add_row("", "plain TCP pair", f"{result['raw_loopback_gbps']} GB/s", "")
             table.add_row("", "ratio", f"{result['first_image_ratio']}", f"at least {result['target_ratio']}")
+            continue
+        if result["bench"] == "harvest":
+            for row in result["rows"]:
+                label = f"{row['tracker']}, {format_size(row['memory_bytes'])}, {row['dirty_pages']} dirty"
+                figures = f"{row['harvest_us']} us, bare {row['bare_us']} us: {row['ratio']}"
+                table.add_row("harvest", label, figures, f"at most {result['limit_ratio']}")
+            table.add_row("", "the ring, largest beside smallest memory", f"{result['ring_growth']}", "about 1")
             continue
         for key, limit in result["limits"].items():
             table.add_row("epoch", key, f"{result[key]}", f"at most {limit}")

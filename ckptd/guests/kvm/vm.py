@@ -161,7 +161,7 @@ class Vm:
             raise TrackerError(f"KVM_GET_DIRTY_LOG failed: {error.strerror}", region=region) from error
 
     def clear_dirty_log(self, region: int, first: int, pages: int, words: Words) -> None:
-        address = ctypes.addressof(ctypes.c_char.from_buffer(words))
+        address = ctypes.addressof(ctypes.c_char.from_buffer(words.data))
         argument = bytearray(abi.CLEAR_LOG.pack(region, pages, first, address))
         try:
             fcntl.ioctl(self.fd, abi.CLEAR_DIRTY_LOG, argument)
