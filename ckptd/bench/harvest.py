@@ -1,161 +1,288 @@
 """`ckptd bench harvest`: what a harvest of KVM's dirty log costs, beside the bare ioctls and the cheapest scan of them.
 
-A guest writes the same pages of its first 64 MiB in each round; rounds are harvested by the
-tracker and by the bare calls in turn, in one VM, and each harvest must name every written page. Medians, in us.
+A guest writes so many pages, picked by chance and in no order, and stops at a mark; then either the tracker or one of
+the bare ways (bare.py) takes what is dirty, timed. They take turns, in the same VM and with the same pages, and every
+result must hold all pages that the guest has written. While warming up all bare ways are tried; the best two remain,
+and `bare_us` is the lesser of their medians. Memory is sparse: only pages that were written exist. The guest runs in 32
+bits, so the pages are below 3 GiB.
+
+Where memory is larger, the pages lie further apart, which the kernel's own part of a harvest feels in its caches. So
+`ring_growth` compares the largest and the smallest memory with the *same* pages, in turns: there nothing but the size
+differs.
 """
 
 from __future__ import annotations
 
-import fcntl
 import gc
+import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import cycle
 from pathlib import Path
+from resource import RUSAGE_THREAD, getrusage
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ckptd.bench.bare import Way, bare_ways
 from ckptd.bench.machine import conditions, median
-from ckptd.errors import CkptdError, TrackerUnavailable
-from ckptd.guests.kvm import abi
+from ckptd.errors import ConfigError, GuestError, TrackerError, TrackerUnavailable
 from ckptd.guests.kvm.gate import KvmGate, gate_bytes
+from ckptd.guests.kvm.host import open_kvm
 from ckptd.guests.kvm.machine import TRACKERS, Machine
 from ckptd.guests.kvm.programs import assemble_file
 from ckptd.guests.kvm.spec import BOOT_BLOCK, CODE, WORK, KvmSpec
 from ckptd.guests.kvm.vcpu import KICK
 from ckptd.guests.process.shared import make_file, map_file
-from ckptd.memory.dirtyset import gfns_of_bitmap
+from ckptd.memory.dirtyset import DirtySet, Gfns
 from ckptd.memory.regions import Geometry
-from ckptd.trackers.kvm_ring import KvmRingTracker
-from ckptd.units import PAGE_SIZE
+from ckptd.units import PAGE_SIZE, format_size
 
-__all__ = ["COUNTS", "SIZES", "bench_harvest"]
+__all__ = ["COUNTS", "ROUNDS", "SIZES", "bench_harvest", "check_host"]
 
 SIZES = tuple(mib << 20 for mib in (64, 1 << 10, 16 << 10, 64 << 10))
 COUNTS = (100, 1_000, 10_000)
+ROUNDS = 15
 LIMIT = 1.3
-_RING = 65536
-_FIRST = 64  # pages at the bottom hold program and list
-_WITHIN = 64 << 20  # the same pages at every size of memory, so that its size is all that changes
+_RING_ENTRIES = 65536
+_MOST = 32768  # pages: far from what makes a ring lose some
+_REACH = 3 << 30  # a guest of 32 bits, below what a PC keeps for devices
+_SETS = 3  # sets of pages that are written in turns; odd, so that harvests and bare ways have each of them as often
+_TRIES = 3  # of a round that another process disturbs
+_GUEST_LIMIT = 60.0  # seconds
 
-_Scan = Callable[[npt.NDArray[np.uint64], int], npt.NDArray[np.int64]]
+Say = Callable[[str], None]
+Take = Callable[[], DirtySet | Gfns]
 
 
 def bench_harvest(
-    *, sizes: tuple[int, ...] = SIZES, counts: tuple[int, ...] = COUNTS, rounds: int = 15,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:  # fmt: skip
-    """One row for each tracker, size and count. Raises TrackerUnavailable where there is no KVM."""
+    *, sizes: Sequence[int] = SIZES, counts: Sequence[int] = COUNTS, rounds: int = ROUNDS, say: Say = print
+) -> dict[str, Any]:
+    """A row for each tracker, size and count. Raises TrackerUnavailable, GuestError, ConfigError."""
+    _check(sizes, counts, rounds)
+    check_host()
+    sizes, counts = sorted(sizes), sorted(counts)
     rows: list[dict[str, Any]] = []
+    starts: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
-    for size in sizes:
-        for tracker in TRACKERS:
-            if tracker in left_out:
-                continue
-            say(f"{tracker} at {size >> 20} MiB")
-            try:
-                rows += _measure(size, tracker, counts, rounds)
-            except TrackerUnavailable as error:
-                if tracker == "kvm-bitmap":
-                    raise
-                left_out[tracker] = str(error)
-    of_ring = [one for one in rows if one["tracker"] == "kvm-ring"]
-    ring = {(one["memory_bytes"], one["dirty_pages"]): one["harvest_us"] for one in of_ring}
-    growth = {str(n): round(ring[sizes[-1], n] / ring[sizes[0], n], 2) for n in counts if (sizes[0], n) in ring}
+    host: dict[str, object] = {}
+    growth: list[dict[str, Any]] = []
+    before = signal.signal(KICK, lambda *_: None)
+    gc.disable()
+    try:
+        for size in sizes:
+            for name in TRACKERS:
+                if name in left_out:
+                    continue
+                say(f"{name}, {format_size(size)}")
+                try:
+                    with _guest(name, size, counts) as guest:
+                        starts.append(guest.started)
+                        host = guest.host
+                        rows += [guest.measure(count, rounds) for count in counts]
+                except TrackerUnavailable as error:
+                    if name == "kvm-bitmap":
+                        raise
+                    left_out[name] = str(error)
+        if "kvm-ring" not in left_out and len(sizes) > 1:
+            say(f"kvm-ring, {format_size(sizes[0])} and {format_size(sizes[-1])} in turns")
+            growth = _growth(sizes[0], sizes[-1], counts, rounds)
+    finally:
+        gc.enable()
+        signal.signal(KICK, before)
+    keys = ("tracker", "memory_bytes", "dirty_pages", "ratio")
+    misses = [{key: row[key] for key in keys} for row in rows if row["ratio"] > LIMIT]
     return {
-        "bench": "harvest", "rows": rows, "limit_ratio": LIMIT, "met": all(row["ratio"] <= LIMIT for row in rows),
-        "ring_growth": growth, "left_out": left_out, "rounds": rounds, "conditions": conditions(),
+        "bench": "harvest", "rows": rows, "limit_ratio": LIMIT, "met": not misses, "misses": misses,
+        "ring_growth": growth, "starts": starts, "left_out": left_out, "rounds": rounds,
+        "conditions": {
+            **conditions(), "numpy": np.__version__, **host, "vcpus": 1, "ring_entries": _RING_ENTRIES,
+            "realtime": os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),
+        },
     }  # fmt: skip
 
 
-def _measure(size: int, name: str, counts: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
-    signal.signal(KICK, lambda *_: None)
-    spec = KvmSpec(Geometry.of(ram=size // PAGE_SIZE))
-    memory = map_file(make_file("ckptd-bench", size))
-    machine = Machine(spec, [memory], KvmGate(np.zeros(gate_bytes(1), dtype=np.uint8)))
+def check_host() -> None:
+    """Raises TrackerUnavailable without KVM, GuestError without an assembler, both with the cure."""
+    os.close(open_kvm())
+    _program()
+
+
+@cache
+def _program() -> bytes:
+    return assemble_file(Path(__file__).with_name("dirtier.S"))
+
+
+def _check(sizes: Sequence[int], counts: Sequence[int], rounds: int) -> None:
+    if not sizes or not counts or rounds < 1:
+        raise ConfigError("bench harvest needs a size of memory, a number of dirty pages and a round")
+    if min(counts) < 1 or max(counts) > _MOST:
+        raise ConfigError(f"bench harvest measures 1 to {_MOST} dirty pages")
+    room = min(*sizes, _REACH) // PAGE_SIZE - _first_page(max(counts))
+    if any(size % PAGE_SIZE for size in sizes) or room < max(counts):
+        raise ConfigError(f"memory is whole pages; of {format_size(min(sizes))} a guest can dirty {max(room, 0)}")
+
+
+def _first_page(most: int) -> int:
+    """The first page behind the list of so many."""
+    return (WORK + 4 * most + PAGE_SIZE - 1) // PAGE_SIZE
+
+
+@contextmanager
+def _guest(tracker: str, size_bytes: int, counts: Sequence[int]) -> Iterator[_Guest]:
+    gc.collect()  # the memory of the last one: a machine and its threads know each other
+    guest = _Guest(tracker, size_bytes, max(counts))
     try:
-        machine.begin([(CODE, assemble_file(Path(__file__).with_name("dirtier.S")))])
-        tracker = machine.use_tracker(name, _RING)
-        tracker.start()
-        tracker.harvest()
-        bare = _bare_ring(machine, tracker) if isinstance(tracker, KvmRingTracker) else _bare_bitmap(machine, name)
-        rows = []
-        for count in counts:
-            gfns = np.linspace(_FIRST, min(size, _WITHIN) // PAGE_SIZE - 1, count).astype(np.int64)
-            memory[WORK : WORK + 4 * count].view(np.uint32)[:] = gfns * PAGE_SIZE
-            memory[BOOT_BLOCK : BOOT_BLOCK + 12].view(np.uint32)[:] = (WORK, count, 1)
-            ours, theirs = _alternate(machine, lambda: tracker.harvest().gfns[0], bare, gfns, rounds)
-            harvest_us, bare_us = (median(one) * 1e6 for one in (ours, theirs))
-            rows.append({
-                "tracker": name, "memory_bytes": size, "dirty_pages": count, "harvest_us": round(harvest_us, 1),
-                "bare_us": round(bare_us, 1), "ratio": round(harvest_us / bare_us, 2),
-            })  # fmt: skip
-        return rows
+        yield guest
     finally:
-        machine.end()
+        guest.machine.end()
 
 
-def _alternate(
-    machine: Machine, harvest: Callable[[], Any], bare: Callable[[], Any], written: npt.NDArray[np.int64], rounds: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of each; two rounds to warm up do not count."""
-    took: tuple[list[float], list[float]] = ([], [])
-    gc.disable()
-    try:
-        for turn in range(2 * (rounds + 2)):
-            machine.resume()
-            machine.pause_at_marks(60)
-            way = (harvest, bare)[turn % 2]
+class _Guest:
+    """A machine whose guest writes the pages that it is told to, and its tracker, which has begun."""
+
+    def __init__(self, tracker: str, size_bytes: int, most: int) -> None:
+        spec = KvmSpec(Geometry.of(ram=size_bytes // PAGE_SIZE))
+        memory = map_file(make_file("ckptd-bench", size_bytes))
+        self._size = size_bytes
+        self._first = _first_page(most)
+        self._orders = memory[BOOT_BLOCK : BOOT_BLOCK + 12].view(np.uint32)
+        self._list = memory[WORK : WORK + 4 * most].view(np.uint32)
+        self._words = memory.view(np.uint32)[:: PAGE_SIZE // 4]
+        self._round = 0
+        self.machine = Machine(spec, [memory], KvmGate(np.zeros(gate_bytes(1), dtype=np.uint8)))
+        try:
+            self.machine.begin([(CODE, _program())])
+            self.tracker = self.machine.use_tracker(tracker, _RING_ENTRIES)
             began = time.perf_counter()
-            found = way()
-            seconds = time.perf_counter() - began
-            if len(np.setdiff1d(written, found)):
-                raise CkptdError("a harvest lacks pages that the guest has written", pages=len(written))
-            if turn >= 4:
-                took[turn % 2].append(seconds)
-    finally:
-        gc.enable()
-    return took
+            self.tracker.start()
+            started = time.perf_counter()
+            found = self.tracker.harvest()
+            harvested = time.perf_counter()
+        except BaseException:
+            self.machine.end()
+            raise
+        self.started = {
+            "tracker": tracker, "memory_bytes": size_bytes, "start_ms": round((started - began) * 1e3, 3),
+            "first_harvest_ms": round((harvested - started) * 1e3, 3), "first_harvest_pages": found.pages,
+        }  # fmt: skip
+
+    @property
+    def host(self) -> dict[str, object]:
+        """What matters of this host's KVM."""
+        features = self.machine.features
+        return {
+            "kvm": features.module, "hardware_paging": features.exact, "ring_reserve": features.ring_reserve,
+        }  # fmt: skip
+
+    def picked(self, count: int, size_bytes: int, seed: int) -> Gfns:
+        """So many pages of the first `size_bytes`, in no order."""
+        pages = np.arange(self._first, min(size_bytes, _REACH) // PAGE_SIZE, dtype=np.int64)
+        return np.random.default_rng(seed).choice(pages, count, replace=False)
+
+    def write(self, gfns: Gfns) -> None:
+        """The guest runs until it has written all of these pages, and is paused."""
+        self._round += 1
+        self._list[: len(gfns)] = gfns * PAGE_SIZE
+        self._orders[:] = (WORK, len(gfns), self._round)
+        self.machine.resume()
+        self.machine.pause_at_marks(_GUEST_LIMIT)
+        if self.machine.stopped or not (self._words[gfns] == self._round).all():
+            raise GuestError(f"the guest did not write its pages {self.machine.stopped}".rstrip())
+
+    def time(self, gfns: Gfns, take: Take) -> tuple[float, int]:
+        """Let the guest write, then take: microseconds, and how many pages were found beyond those written.
+
+        Done again if something else ran on our CPU meanwhile, a few times at most.
+        """
+        for _ in range(_TRIES):
+            self.write(gfns)
+            before = getrusage(RUSAGE_THREAD).ru_nivcsw
+            began = time.perf_counter()
+            found = take()
+            took = (time.perf_counter() - began) * 1e6
+            undisturbed = getrusage(RUSAGE_THREAD).ru_nivcsw == before
+            beyond = _beyond(gfns, found)
+            if undisturbed:
+                break
+        return took, beyond
+
+    def measure(self, count: int, rounds: int) -> dict[str, Any]:
+        """A row."""
+        sets = cycle([self.picked(count, self._size, seed) for seed in range(_SETS)])
+        ways = bare_ways(self.machine, self.tracker)
+        times = _times(count)
+        _, tried, _ = self._in_turns(sets, ways, _SETS * times)
+        best = sorted(ways, key=lambda name: median(tried[name]))[:2]
+        harvest, bare, beyond = self._in_turns(sets, {name: ways[name] for name in best}, rounds * times)
+        cheapest = min(best, key=lambda name: median(bare[name]))
+        harvest_us, bare_us = median(harvest), median(bare[cheapest])
+        return {
+            "tracker": self.tracker.name, "memory_bytes": self._size, "dirty_pages": count,
+            "harvest_us": round(harvest_us, 1), "bare_us": round(bare_us, 1), "ratio": round(harvest_us / bare_us, 3),
+            "harvest_us_quartiles": _quartiles(harvest), "bare_us_quartiles": _quartiles(bare[cheapest]),
+            "bare_way": cheapest, "rounds": rounds * times, "pages_beyond": beyond,
+        }  # fmt: skip
+
+    def _in_turns(
+        self, sets: Iterator[Gfns], ways: dict[str, Way], rounds: int
+    ) -> tuple[list[float], dict[str, list[float]], int]:
+        """What harvests and what bare ways took, and how many pages a harvest found beyond those written.
+
+        Every second turn is the tracker's, and each turn has another set than the one before: nobody finds more in the
+        CPU's caches than the others do.
+        """
+        harvest: list[float] = []
+        bare: dict[str, list[float]] = {name: [] for name in ways}
+        most = 0
+        for _ in range(rounds):
+            for name, way in ways.items():
+                us, beyond = self.time(next(sets), self.tracker.harvest)
+                harvest.append(us)
+                most = max(most, beyond)
+                bare[name].append(self.time(next(sets), way)[0])
+        return harvest, bare, most
 
 
-def _bare_bitmap(machine: Machine, name: str) -> Callable[[], npt.NDArray[np.int64]]:
-    """GET_DIRTY_LOG, a scan, and with manual clear one CLEAR_DIRTY_LOG of everything."""
-    fd, pages = machine._vm.fd, machine.spec.geometry[0].pages
-    words = np.zeros(-(-pages // 64), dtype=np.uint64)
-    get = abi.DIRTY_LOG.pack(0, 0, words.ctypes.data)
-    clear = bytearray(abi.CLEAR_LOG.pack(0, pages, 0, words.ctypes.data))
-    scan: _Scan = gfns_of_bitmap  # the cheapest that we know: see memory/dirtyset.py
-
-    def bare() -> npt.NDArray[np.int64]:
-        fcntl.ioctl(fd, abi.GET_DIRTY_LOG, get)
-        found = scan(words, pages)
-        if name == "kvm-manual":
-            fcntl.ioctl(fd, abi.CLEAR_DIRTY_LOG, clear)
-        return found
-
-    return bare
+def _beyond(written: Gfns, found: DirtySet | Gfns) -> int:
+    """How many more pages were found. Raises TrackerError if one that was written is not among them."""
+    if isinstance(found, DirtySet):
+        if found.overflowed:
+            raise TrackerError("the log says that it has lost pages; the bench never fills it")
+        found = found.gfns[0]
+    missing = np.setdiff1d(written, found, assume_unique=True)
+    if len(missing):
+        raise TrackerError(f"{len(missing)} of {len(written)} written pages are missing", gfn=int(missing[0]))
+    return len(found) - len(written)
 
 
-def _bare_ring(machine: Machine, tracker: KvmRingTracker) -> Callable[[], npt.NDArray[np.int64]]:
-    """Entries read in their order and marked, then RESET_DIRTY_RINGS: neither sorted, nor checked."""
-    fd, ring = machine._vm.fd, tracker._rings[0]
+def _times(count: int) -> int:
+    """Rounds for one: with few pages a round is short, and chance weighs more."""
+    return max(1, min(5, 2_000 // count))
 
-    def bare() -> npt.NDArray[np.int64]:
-        start = ring.next & ring.last
-        clean = ring.flags[start : start + ring.look] != 1  # as many as the last harvest had, and some
-        count = int(clean.argmax())
-        if not clean[count]:
-            count = int((np.concatenate((ring.flags[start:], ring.flags[:start])) != 1).argmax())
-        end = start + count
-        found = ring.offsets[start:end].copy()
-        ring.flags[start:end] = 2
-        if end > ring.size:
-            found = np.concatenate((found, ring.offsets[: end - ring.size]))
-            ring.flags[: end - ring.size] = 2
-        ring.next += count
-        fcntl.ioctl(fd, abi.RESET_DIRTY_RINGS, 0)
-        return found
 
-    return bare
+def _growth(small: int, large: int, counts: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+    """The ring's harvest in the largest and the smallest memory, in turns, of the same pages in both."""
+    found = []
+    with _guest("kvm-ring", small, counts) as one, _guest("kvm-ring", large, counts) as other:
+        for count in counts:
+            sets = [one.picked(count, small, seed) for seed in range(_SETS)]
+            took: tuple[list[float], list[float]] = ([], [])
+            for turn in range(-_SETS, rounds * _times(count)):
+                for guest, times in zip((one, other), took, strict=True):
+                    us, _ = guest.time(sets[turn % _SETS], guest.tracker.harvest)
+                    if turn >= 0:
+                        times.append(us)
+            ours, theirs = median(took[0]), median(took[1])
+            found.append({
+                "dirty_pages": count, "memory_bytes": [small, large], "harvest_us": [round(ours, 1), round(theirs, 1)],
+                "ratio": round(theirs / ours, 3),
+            })  # fmt: skip
+    return found
+
+
+def _quartiles(values: list[float], digits: int = 1) -> list[float]:
+    return [round(float(one), digits) for one in np.percentile(values, (25, 75))]

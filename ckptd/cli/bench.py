@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from ckptd.cli.common import Json, emit
+from ckptd.errors import ConfigError
 from ckptd.units import format_size, parse_size
 
 __all__ = ["bench"]
@@ -18,7 +20,7 @@ def bench(
     *,
     memory: str | None = None,
     seconds: float = 60.0,
-    rounds: int = 5,
+    rounds: int | None = None,
     batch: str = "4MiB",
     pages: int = 1000,
     interval: int = 10,
@@ -26,6 +28,9 @@ def bench(
     level: Literal["memory", "durable"] = "memory",
     encoding: Literal["raw", "xor-lz4", "auto"] = "raw",
     sizes: bool = True,
+    dirty: str = "100,1000,10000",
+    plot: Path | None = None,
+    markdown: Path | None = None,
     as_json: Json = False,
 ) -> None:
     """Measure on this machine; every result names its limit or its peer in the same run.
@@ -34,13 +39,13 @@ def bench(
     ----------
     what
         link: the first image beside a plain TCP pair. epoch: steady protection, 1,000 dirty pages in each epoch.
-        harvest: what a harvest of KVM's dirty log costs, beside the bare ioctls.
+        harvest: a harvest of KVM's dirty log beside the bare ioctls and the cheapest scan, for each tracker.
     memory
-        Of the guest: 2GiB for link, 1GiB for epoch.
+        Of the guest: 2GiB for link, 1GiB for epoch; 64MiB,1GiB,16GiB,64GiB for harvest.
     seconds
         How long epoch runs.
     rounds
-        How often link alternates between the plain pair and ours.
+        How often link (5) and harvest (15, more with few pages) alternate between the bare peer and ours.
     batch
         Bytes in a frame of link.
     pages
@@ -49,16 +54,26 @@ def bench(
         Of epoch, in ms.
     sizes
         Also measure the pause at 256 MiB and 4 GiB.
+    dirty
+        Dirty pages of harvest, one number or several.
+    plot
+        Of harvest: write a plot, .svg or .png (needs matplotlib).
+    markdown
+        Of harvest: write its tables, as docs/dirty-tracking.md has them.
     """
     from ckptd.daemon.logs import set_up_log
 
     set_up_log("error", "text")
+    if plot is not None:
+        from ckptd.bench.harvest_report import check_plot
+
+        check_plot(plot)
     results: list[dict[str, Any]] = []
     if what in ("all", "link"):
         from ckptd.bench.link import bench_link
 
         _say("the first image, and a plain pair")
-        results.append(bench_link(parse_size(memory or "2GiB"), rounds, parse_size(batch)))
+        results.append(bench_link(parse_size(memory or "2GiB"), rounds or 5, parse_size(batch)))
     if what in ("all", "epoch"):
         from ckptd.bench.epoch import bench_epoch
 
@@ -66,17 +81,42 @@ def bench(
             memory_bytes=parse_size(memory or "1GiB"), pages=pages, seconds=seconds, interval_ms=interval,
             tracker=tracker, level=level, encoding=encoding, sizes=(256 << 20, 4 << 30) if sizes else (), say=_say,
         ))  # fmt: skip
-    if what in ("all", "harvest"):
-        from ckptd.bench.harvest import bench_harvest
-        from ckptd.errors import TrackerUnavailable
-
-        try:
-            results.append(bench_harvest(say=_say))
-        except TrackerUnavailable as error:
-            if what == "harvest":
-                raise
-            _say(f"no harvest: {error}")
+    if what == "harvest" or (what == "all" and _harvest_runs_here()):
+        results.append(_harvest(None if what == "all" else memory, dirty, rounds, plot, markdown))
     emit(results[0] if what != "all" else {"results": results}, as_json, lambda _: _table(results))
+
+
+def _harvest_runs_here() -> bool:
+    from ckptd.bench.harvest import check_host
+    from ckptd.errors import GuestError, TrackerUnavailable
+
+    try:
+        check_host()
+    except (TrackerUnavailable, GuestError) as error:
+        print(f"left out: harvest: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def _harvest(
+    memory: str | None, dirty: str, rounds: int | None, plot: Path | None, markdown: Path | None
+) -> dict[str, Any]:
+    from ckptd.bench import harvest, harvest_report
+
+    sizes = [parse_size(one) for one in memory.split(",")] if memory else harvest.SIZES
+    result = harvest.bench_harvest(sizes=sizes, counts=_numbers(dirty), rounds=rounds or harvest.ROUNDS, say=_say)
+    if plot is not None:
+        harvest_report.plot(result, plot)
+    if markdown is not None:
+        markdown.write_text(harvest_report.markdown(result))
+    return result
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(one) for one in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{text!r} is no list of numbers", hint="such as 100,1000", field="--dirty") from None
 
 
 def _say(text: str) -> None:
@@ -95,11 +135,10 @@ def _table(results: list[dict[str, Any]]) -> Any:
             table.add_row("", "ratio", f"{result['first_image_ratio']}", f"at least {result['target_ratio']}")
             continue
         if result["bench"] == "harvest":
-            for row in result["rows"]:
-                label = f"{row['tracker']}, {format_size(row['memory_bytes'])}, {row['dirty_pages']} dirty"
-                figures = f"{row['harvest_us']} us, bare {row['bare_us']} us: {row['ratio']}"
-                table.add_row("harvest", label, figures, f"at most {result['limit_ratio']}")
-            table.add_row("", "the ring, largest beside smallest memory", f"{result['ring_growth']}", "about 1")
+            from ckptd.bench.harvest_report import lines
+
+            for line in lines(result):
+                table.add_row(*line)
             continue
         for key, limit in result["limits"].items():
             table.add_row("epoch", key, f"{result[key]}", f"at most {limit}")

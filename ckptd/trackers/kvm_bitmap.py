@@ -28,12 +28,12 @@ class KvmBitmapTracker(KvmTracker):
 
     def _take(self) -> DirtySet:
         gfns = []
-        for region, words in enumerate(self._maps):
+        for region, (words, pages) in enumerate(self._maps):
             self._log.get_dirty_log(region, words)
-            gfns.append(gfns_of_bitmap(words, self._geometry[region].pages))
+            gfns.append(gfns_of_bitmap(words, pages))
         return DirtySet(gfns)
 
 
-def empty_maps(geometry: Geometry) -> list[Words]:
-    """A bitmap for each region, in whole words."""
-    return [np.zeros(-(-region.pages // 64), dtype=np.uint64) for region in geometry]
+def empty_maps(geometry: Geometry) -> list[tuple[Words, int]]:
+    """A bitmap for each region, in whole words, and the region's pages."""
+    return [(np.zeros(-(-region.pages // 64), dtype=np.uint64), region.pages) for region in geometry]

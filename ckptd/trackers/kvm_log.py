@@ -34,9 +34,10 @@ class KvmLog(Protocol):
         """KVM_GET_DIRTY_LOG into `words`; without manual clear it also resets the log and write-protects again."""
 
     def clear_dirty_log(self, region: int, first: int, pages: int, words: Words) -> None:
-        """KVM_CLEAR_DIRTY_LOG: forget and write-protect the pages whose bits are set; bit 0 is page `first`.
+        """KVM_CLEAR_DIRTY_LOG: of so many pages from `first` on, forget and write-protect those whose bits are set.
 
-        `first` is a multiple of 64, and so is `pages` unless it reaches the end of the region.
+        `words` is the map of the whole region. `first` is a multiple of 64, and so is `pages` unless it reaches the
+        end of the region.
         """
 
     @property

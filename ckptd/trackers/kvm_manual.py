@@ -15,11 +15,12 @@ from __future__ import annotations
 from ckptd.memory.dirtyset import DirtySet, gfns_of_bitmap
 from ckptd.memory.regions import Geometry
 from ckptd.trackers.kvm_bitmap import empty_maps
-from ckptd.trackers.kvm_log import KvmLog, KvmTracker, Words
+from ckptd.trackers.kvm_log import KvmLog, KvmTracker
 
 __all__ = ["KvmManualTracker"]
 
-_PIECE = 1 << 12  # words of a map, a GiB of memory, cleared by one call
+_PIECE = 1 << 18  # pages, a GiB of memory, cleared by one call
+_SMALL = 1 << 15  # pages, 128 MiB: cleared whole, which costs less than to find out where
 
 
 class KvmManualTracker(KvmTracker):
@@ -39,20 +40,19 @@ class KvmManualTracker(KvmTracker):
         self._fresh = self._initially_set
 
     def _take(self) -> DirtySet:
-        gfns = []
-        for region, words in enumerate(self._maps):
-            self._log.get_dirty_log(region, words)
-            found = gfns_of_bitmap(words, self._geometry[region].pages)
-            if len(found):
-                self._clear(region, words, found.item(0) >> 6, found.item(-1) >> 6)
+        gfns, log = [], self._log
+        for region, (words, pages) in enumerate(self._maps):
+            log.get_dirty_log(region, words)
+            found = gfns_of_bitmap(words, pages)
+            if len(found) and pages <= _SMALL:
+                log.clear_dirty_log(region, 0, pages, words)
+            elif len(found):
+                # What was harvested lies between these; the log takes pieces that begin and end with a word.
+                first, end = found.item(0) & ~63, min((found.item(-1) | 63) + 1, pages)
+                while first < end:
+                    count = min(_PIECE, end - first)
+                    log.clear_dirty_log(region, first, count, words)
+                    first += count
             gfns.append(found)
         self.exact, self._fresh = self._hardware and not self._fresh, False
         return DirtySet(gfns)
-
-    def _clear(self, region: int, words: Words, first: int, last: int) -> None:
-        """Reset the bits in words first to last, which hold every bit that was harvested."""
-        pages = self._geometry[region].pages
-        for start in range(first, last + 1, _PIECE):
-            end = min(start + _PIECE, last + 1)
-            count = min(64 * end, pages) - 64 * start
-            self._log.clear_dirty_log(region, 64 * start, count, words[start:end])

@@ -43,7 +43,7 @@ ENTRY = np.dtype([("flags", "<u4"), ("slot", "<u4"), ("offset", "<u8")])
 _DIRTY, _HARVESTED = 1, 2
 _LOOK = 256  # entries that are looked at first; then as many as the last harvest had, and _MORE
 _MORE = 16
-_MANY = 2048  # from so many on, two passes by 16 bits are faster than a sort of 64-bit numbers
+_SOME, _MANY = 256, 2048  # places from which on sorting by 16 bits is faster, once or twice
 
 
 class _Ring:
@@ -82,8 +82,8 @@ class KvmRingTracker(KvmTracker):
         self._rings: list[_Ring] = []
         self._one_region = len(geometry) == 1
         # A page's place is its number in the whole guest: region i has the places from edge i to edge i + 1.
-        self._pages = np.array([region.pages for region in geometry], dtype=np.int64)
-        self._edges = np.concatenate(([0], self._pages.cumsum()))
+        self._pages = np.array([region.pages for region in geometry], dtype=np.uint64)
+        self._edges = np.concatenate(([0], self._pages.cumsum())).astype(np.int64)
         self._end = int(self._edges[-1])
         self.overflows = 0
 
@@ -127,23 +127,24 @@ class KvmRingTracker(KvmTracker):
     def _collect(self) -> tuple[Gfns, int, bool]:
         """Read and mark what is dirty in every ring: places, how many entries, and whether nothing was wrong."""
         parts: list[Gfns] = []
-        taken, sound = 0, True
+        taken, sound, one_region = 0, True, self._one_region
         for ring in self._rings:
-            at, size = ring.next & ring.last, ring.size
-            count = _dirty_from(ring.tested, at, ring.look)
+            ring.start = at = ring.next & ring.last
+            # Compared once: the vCPU may make the first clean entry a dirty one at any time.
+            clean = ring.tested[at : at + ring.look] != _DIRTY
+            count = int(clean.argmax())
+            if not clean.item(count):
+                count = _dirty_from(ring.tested, at, ring.look)
             end = at + count
-            if self._one_region and ring.slots.item(end & ring.last):
+            if one_region and ring.slots.item(end & ring.last):
                 sound = False  # the entry that ends the harvest, and may be dirty, is of a slot that nobody has
-            if count > size - self._reserve:
+            if count > ring.size - self._reserve:
                 sound = False
-            for first, stop in ((at, end),) if end <= size else ((at, size), (0, end - size)):
-                places = self._places(ring, first, stop)
-                if places is None:
-                    sound = False
-                else:
-                    parts.append(places)
-                ring.flags[first:stop] = _HARVESTED
-            ring.start = ring.next
+            if one_region and end <= ring.size:  # written out: it is most harvests, and a small one feels every call
+                parts.append(ring.offsets[at:end].copy())  # pages if the least and the greatest are: see _by_region
+                ring.flags[at:end] = _HARVESTED
+            else:
+                sound &= self._take_pieces(ring, at, end, parts)
             ring.next += count
             ring.look = count + (count >> 3) + _MORE
             taken += count
@@ -151,35 +152,41 @@ class KvmRingTracker(KvmTracker):
             return parts[0], taken, sound
         return np.concatenate(parts) if parts else np.empty(0, np.int64), taken, sound
 
+    def _take_pieces(self, ring: _Ring, at: int, end: int, parts: list[Gfns]) -> bool:
+        """The same around the end of the ring, and for any number of regions; False if an entry is no page."""
+        sound = True
+        for first, stop in ((at, min(end, ring.size)), (0, max(0, end - ring.size))):
+            places = ring.offsets[first:stop].copy() if self._one_region else self._places(ring, first, stop)
+            if places is None:
+                sound = False
+            elif len(places):
+                parts.append(places)
+            ring.flags[first:stop] = _HARVESTED
+        return sound
+
     def _places(self, ring: _Ring, first: int, stop: int) -> Gfns | None:
         """Of these entries, in their order; None if one names no page of the guest."""
-        offsets = ring.offsets[first:stop].copy()
-        if self._one_region or first == stop:
-            return offsets  # pages of the region if the least and the greatest are: see _by_region
-        slots = ring.slots[first:stop].astype(np.intp)
-        if slots.max() >= len(self._pages):
-            return None
+        offsets, slots = ring.offsets[first:stop], ring.slots[first:stop].astype(np.intp)
+        if not len(slots):
+            return offsets
         # Compared without sign: what is below zero is too large.
-        if (offsets.view(np.uint64) >= self._pages[slots].view(np.uint64)).any():
+        if _any(slots >= len(self._pages)) or _any(offsets.view(np.uint64) >= self._pages[slots]):
             return None
-        offsets += self._edges[slots]
-        return offsets
+        return offsets + self._edges[slots]
 
     def _by_region(self, places: Gfns) -> list[Gfns] | None:
         """Sorted, unique, by region; None if a place is in no region."""
         count, end = len(places), self._end
-        if count >= _MANY and end <= 1 << 32:
-            if places.view(np.uint64).max() >= end:
+        if count >= _SOME and (end <= 1 << 16 or (count >= _MANY and end <= 1 << 32)):
+            if _any(places.view(np.uint64) >= end):
                 return None
-            places = _sorted_by_halves(places)
+            places = _sorted(places, end)
         elif count:
             places.sort()
             if places.item(0) < 0 or places.item(-1) >= end:
                 return None
-        if count > 1:
-            same = places[1:] == places[:-1]
-            if same.item(same.argmax()):
-                places = places[np.concatenate(([True], ~same))]
+        if count > 1 and _any(same := places[1:] == places[:-1]):
+            places = places[np.concatenate(([True], ~same))]
         if self._one_region:
             return [places]
         bounds = places.searchsorted(self._edges)
@@ -191,8 +198,18 @@ class KvmRingTracker(KvmTracker):
         self._log.reset_rings()
 
 
-def _sorted_by_halves(places: Gfns) -> Gfns:
-    """Sorts what is less than 2**32; numpy sorts 16 bits by counting."""
+def _any(true: npt.NDArray[np.bool_]) -> bool:
+    """Of at least one. numpy's own goes through Python, which shows in a small harvest."""
+    found: bool = true.item(true.argmax())
+    return found
+
+
+def _sorted(places: Gfns, end: int) -> Gfns:
+    """Sorts what is less than `end`, at most 2**32: numpy sorts numbers of 16 bits by counting."""
+    if end <= 1 << 16:
+        narrow = places.astype(np.uint16)
+        narrow.sort(kind="stable")
+        return narrow.astype(np.int64)
     places = places[places.astype(np.uint16).argsort(kind="stable")]
     return places[(places >> 16).astype(np.uint16).argsort(kind="stable")]
 

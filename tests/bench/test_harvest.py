@@ -1,21 +1,174 @@
-"""The bench of harvests, small: every tracker gives a row, and each harvest was checked in the run."""
+"""The bench of harvests, small: every tracker gives its rows, each harvest was checked, and the report can be written.
+
+Also what makes harvests cheap and has no test elsewhere: scans that agree, and a ring of one region that keeps its
+guards. No figure is judged here.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 
-from ckptd.bench.harvest import bench_harvest
+from ckptd.bench import harvest_report
+from ckptd.bench.bare import SCANS
+from ckptd.bench.harvest import _beyond, bench_harvest
+from ckptd.errors import CkptdError, ConfigError, TrackerError
+from ckptd.memory.dirtyset import DirtySet, gfns_of_bitmap
+from ckptd.memory.regions import Geometry
+from ckptd.trackers.kvm_ring import KvmRingTracker, _sorted
 from tests.guests.kvm.machines import needs_kvm, ring_here
+from tests.trackers.test_kvm_ring import RESERVE, SIZE, Rings
+
+from .test_bench import bench
+
+KEYS = {"tracker", "memory_bytes", "dirty_pages", "harvest_us", "bare_us", "ratio"}
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    return bench_harvest(sizes=(16 << 20, 8 << 20), counts=(500, 10), rounds=1, say=lambda _: None)
 
 
 @pytest.mark.kvm
 @needs_kvm
-def test_rows_of_all_trackers() -> None:
-    found = bench_harvest(sizes=(8 << 20, 16 << 20), counts=(10, 500), rounds=2, say=lambda _: None)
+def test_every_tracker_has_a_row_for_each_size_and_count(result: dict[str, Any]) -> None:
     trackers = {"kvm-bitmap", "kvm-manual", *(() if ring_here() else ("kvm-ring",))}
-    rows = {(row["tracker"], row["memory_bytes"], row["dirty_pages"]) for row in found["rows"]}
-    assert rows == {(one, size << 20, count) for one in trackers for size in (8, 16) for count in (10, 500)}
-    for row in found["rows"]:
-        assert row.keys() == {"tracker", "memory_bytes", "dirty_pages", "harvest_us", "bare_us", "ratio"}
-        assert row["harvest_us"] > 0 and row["bare_us"] > 0
-    assert set(found["left_out"]) == {"kvm-bitmap", "kvm-manual", "kvm-ring"} - trackers
+    assert set(result["left_out"]) == {"kvm-bitmap", "kvm-manual", "kvm-ring"} - trackers
+    rows = result["rows"]
+    found = [(row["tracker"], row["memory_bytes"], row["dirty_pages"]) for row in rows]
+    wanted = {(one, size << 20, count) for one in trackers for size in (8, 16) for count in (10, 500)}
+    assert set(found) == wanted and len(found) == len(wanted)
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["harvest_us"] > 0 and row["bare_us"] > 0 and row["ratio"] > 0 and row["pages_beyond"] >= 0
+    assert result["met"] == (not result["misses"]) == all(row["ratio"] <= result["limit_ratio"] for row in rows)
+    growth = [] if ring_here() else [10, 500]
+    assert [one["dirty_pages"] for one in result["ring_growth"]] == growth
+    assert all(one["memory_bytes"] == [8 << 20, 16 << 20] and one["ratio"] > 0 for one in result["ring_growth"])
+    assert len(result["starts"]) == 2 * len(trackers) and result["conditions"]["kvm"]
+
+
+@pytest.mark.kvm
+@needs_kvm
+def test_the_command_gives_json_and_writes_tables_and_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    table, plot = tmp_path / "table.md", tmp_path / "plot.svg"
+    arguments = ["--memory", "8MiB", "--dirty", "10,300", "--rounds", "1", "--markdown", str(table)]
+    found = bench("harvest", *arguments, "--plot", str(plot))
+    assert found["bench"] == "harvest" and {row["dirty_pages"] for row in found["rows"]} == {10, 300}
+    assert "| kvm-manual | 8 MiB | 300 |" in table.read_text()
+    assert plot.read_text().startswith("<?xml") and "300 dirty pages" in plot.read_text()
+
+
+@pytest.mark.kvm
+@needs_kvm
+def test_the_report_says_what_was_measured_and_on_what(result: dict[str, Any], tmp_path: Path) -> None:
+    assert json.loads(json.dumps(result)) == result
+    text = harvest_report.markdown(result)
+    assert result["conditions"]["kernel"] in text and text.count("| kvm-bitmap | 8 MiB |") == 3
+    assert len(list(harvest_report.lines(result))) == len(result["rows"]) + len(result["ring_growth"])
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    harvest_report.plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_harvest_that_lacks_a_written_page_ends_the_bench() -> None:
+    written = np.array([7, 3, 5])
+    assert _beyond(written, np.array([3, 5, 7])) == 0
+    assert _beyond(written, DirtySet([np.array([3, 4, 5, 7, 9])])) == 2
+    with pytest.raises(TrackerError, match="1 of 3 written pages"):
+        _beyond(written, DirtySet([np.array([3, 7])]))
+    with pytest.raises(TrackerError, match="lost"):
+        _beyond(written, DirtySet([np.array([3, 5, 7])], overflowed=True))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "counts", "rounds"),
+    [((), (10,), 1), ((8 << 20,), (), 1), ((8 << 20,), (10,), 0), ((8 << 20,), (0,), 1), ((8 << 20,), (3000,), 1)],
+)
+def test_what_cannot_be_measured_is_said(sizes: Sequence[int], counts: Sequence[int], rounds: int) -> None:
+    with pytest.raises(ConfigError):
+        bench_harvest(sizes=sizes, counts=counts, rounds=rounds)
+
+
+def test_a_plot_that_cannot_be_made_is_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="svg"):
+        harvest_report.check_plot(Path("plot.gif"))
+    monkeypatch.setattr(harvest_report, "find_spec", lambda _: None)
+    with pytest.raises(CkptdError, match="matplotlib") as raised:
+        harvest_report.check_plot(Path("plot.svg"))
+    assert "pip install" in (raised.value.hint or "")
+
+
+# --- scans, sorts and guards
+
+
+@pytest.mark.parametrize("dirty", [0, 1, 300, 5_000, 60_000])
+@pytest.mark.parametrize("pages", [64, 1_000, 32_768, 32_800, 100_000, 1 << 20])
+def test_all_scans_find_the_same(pages: int, dirty: int) -> None:
+    rng = np.random.default_rng(pages + dirty)
+    wanted = np.unique(rng.integers(0, pages, dirty))
+    words = np.zeros(-(-pages // 64), dtype=np.uint64)
+    np.bitwise_or.at(words, wanted >> 6, np.uint64(1) << (wanted & 63).astype(np.uint64))
+    assert np.array_equal(gfns_of_bitmap(words, pages), wanted)
+    for name, scan in SCANS.items():
+        assert np.array_equal(scan(words), wanted), name
+
+
+@pytest.mark.parametrize("end", [1 << 16, 1 << 20, 1 << 32])
+@pytest.mark.parametrize("count", [1, 2, 5_000])
+def test_places_are_sorted_by_their_halves(count: int, end: int) -> None:
+    places = np.random.default_rng(count).integers(0, end, count)
+    places[:2] = end - 1
+    assert _sorted(places, end).tolist() == sorted(places.tolist())
+
+
+@pytest.fixture
+def rings() -> Rings:
+    return Rings()
+
+
+@pytest.fixture(params=[5_000, 1 << 20])
+def tracker(request: pytest.FixtureRequest, rings: Rings) -> KvmRingTracker:
+    tracker = KvmRingTracker(Geometry.of(ram=request.param), rings, exact=True, entries=SIZE, reserve=RESERVE)
+    tracker.start()
+    return tracker
+
+
+@pytest.mark.parametrize("count", [1, 100, 700])
+def test_a_ring_of_one_region_is_sorted_and_holds_no_page_twice(
+    count: int, rings: Rings, tracker: KvmRingTracker
+) -> None:
+    for turn in range(5):
+        gfns = np.random.default_rng(turn).integers(0, 5_000, count).tolist()
+        rings.log(0, 0, gfns)
+        rings.log(1, 0, gfns[:50])
+        assert tracker.harvest().gfns[0].tolist() == sorted(set(gfns))
+    assert tracker.overflows == 0
+
+
+@pytest.mark.parametrize(("slot", "gfn"), [(1, 3), (1 << 16, 3), (0, 1 << 20), (0, 1 << 32), (0, (1 << 64) - 1)])
+@pytest.mark.parametrize("before", [0, 10, 600])
+@pytest.mark.parametrize("after", [0, 10])
+def test_an_entry_of_no_page_counts_as_overrun_in_one_region_too(
+    after: int, before: int, slot: int, gfn: int, rings: Rings, tracker: KvmRingTracker
+) -> None:
+    rings.log(0, 0, range(before))
+    rings.log(0, slot, [gfn])
+    rings.log(0, 0, range(after))
+    assert tracker.harvest().overflowed and tracker.overflows == 1
+    rings.log(0, 0, [5])
+    assert tracker.harvest() == DirtySet.from_gfns([[5]])
+
+
+def test_a_ring_full_of_entries_of_no_page_is_lost_and_says_so() -> None:
+    rings = Rings(vcpus=1)
+    tracker = KvmRingTracker(Geometry.of(low=64, ram=5000), rings, exact=True, entries=SIZE, reserve=RESERVE)
+    tracker.start()
+    rings.log(0, 9, range(SIZE))
+    assert tracker.harvest() == DirtySet.empty(2, overflowed=True)

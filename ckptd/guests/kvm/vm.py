@@ -69,8 +69,8 @@ class Vm:
         self._places = list(places)
         self._kvm = kvm
         self.vcpus: list[VcpuFile] = []
-        # By region, the last map and the argument that names it: numpy takes microseconds to tell an address.
-        self._maps: dict[int, tuple[Words, bytes]] = {}
+        # By region: the last map, its address (numpy takes microseconds to tell it), and GET_DIRTY_LOG's argument.
+        self._maps: dict[int, tuple[Words, int, bytes]] = {}
         self.fd = _call(kvm, abi.CREATE_VM, "a VM cannot be created")
         try:
             self._set_up(features)
@@ -154,21 +154,28 @@ class Vm:
     def get_dirty_log(self, region: int, words: Words) -> None:
         known = self._maps.get(region)
         if known is None or known[0] is not words:
-            known = self._maps[region] = (words, abi.DIRTY_LOG.pack(region, 0, words.ctypes.data))
+            known = self._know(region, words)
         try:
-            fcntl.ioctl(self.fd, abi.GET_DIRTY_LOG, known[1])
+            fcntl.ioctl(self.fd, abi.GET_DIRTY_LOG, known[2])
         except OSError as error:
             raise TrackerError(f"KVM_GET_DIRTY_LOG failed: {error.strerror}", region=region) from error
 
     def clear_dirty_log(self, region: int, first: int, pages: int, words: Words) -> None:
-        address = ctypes.addressof(ctypes.c_char.from_buffer(words.data))
-        argument = bytearray(abi.CLEAR_LOG.pack(region, pages, first, address))
+        known = self._maps.get(region)
+        if known is None or known[0] is not words:
+            known = self._know(region, words)
+        argument = abi.CLEAR_LOG.pack(region, pages, first, known[1] + (first >> 3))
         try:
             fcntl.ioctl(self.fd, abi.CLEAR_DIRTY_LOG, argument)
         except OSError as error:
             raise TrackerError(
                 f"KVM_CLEAR_DIRTY_LOG of {pages} pages failed: {error.strerror}", region=region, gfn=first
             ) from error
+
+    def _know(self, region: int, words: Words) -> tuple[Words, int, bytes]:
+        address = words.ctypes.data
+        self._maps[region] = known = (words, address, abi.DIRTY_LOG.pack(region, 0, address))
+        return known
 
     def reset_rings(self) -> int:
         return fcntl.ioctl(self.fd, abi.RESET_DIRTY_RINGS, 0)

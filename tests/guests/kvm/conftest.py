@@ -17,7 +17,8 @@ from tests.e2e.pair import free_port
 def runtime(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "runtime"
     yield place
-    kill_guest(place)
+    for one in (place, place / "own", place / "standby"):
+        kill_guest(one)
 
 
 @pytest.fixture
