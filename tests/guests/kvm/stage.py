@@ -53,6 +53,7 @@ class Stage:
         try:
             async with asyncio.timeout(60):
                 while "vm" not in secondary.guests or not condition(secondary):
+                    assert not serving.done() and not protecting.done(), (serving, protecting)
                     await asyncio.sleep(0.005)
         finally:
             primary.stop()
@@ -64,7 +65,9 @@ class Stage:
         """Until the guest is dead and the secondary has promoted it and let it run a little."""
         secondary = SecondaryDaemon(self.there)
         serving = asyncio.create_task(secondary.run())
-        await asyncio.sleep(0.05)
+        while "vm" not in secondary.guests:
+            assert not serving.done(), serving.exception()
+            await asyncio.sleep(0.005)
         primary = PrimaryDaemon(self.config, self.guest)
         try:
             await asyncio.wait_for(primary.run(), 60)
@@ -72,8 +75,9 @@ class Stage:
         except CkptdError as error:
             died = error
         try:
-            while secondary.guests["vm"].session is not None:
-                await asyncio.sleep(0.005)
+            async with asyncio.timeout(60):
+                while secondary.guests["vm"].session is not None:
+                    await asyncio.sleep(0.005)
             promoted = await secondary.promote(None)
             self.epoch = promoted["epoch"]
             assert self.epoch >= primary.acknowledged_epoch > 0
