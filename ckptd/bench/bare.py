@@ -1,9 +1,11 @@
 """The bare peers of `ckptd bench harvest`: the ioctls that no harvest can do without, and the least scan of what they
-leave that yields page numbers.
+leave that yields a set of page numbers: ascending, and none twice.
 
-Nothing is checked, sorted or kept, and all arguments are made beforehand. No scan is the cheapest for every memory and
-every number of pages, so there are several, and the bench takes the one that was the cheapest in its run. This is the
-one place that reaches behind the trackers: it calls the VM itself, and moves on the tracker's place in the ring.
+A bitmap is such a set already; a ring is a list in the order of the writes, in which a page may be twice, so its scan
+ends with a sort. What reading the list alone costs is measured beside it (`unsorted_way`). Nothing is checked or kept,
+and all arguments are made beforehand. No scan is the cheapest for every memory and every number of pages, so there are
+several, and the bench takes the one that was the cheapest in its run. This is the one place that reaches behind the
+trackers: it calls the VM itself, and moves on the tracker's place in the ring.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from ckptd.guests.kvm import abi
 from ckptd.guests.kvm.machine import Machine
 from ckptd.memory.dirtyset import Gfns
 from ckptd.trackers.kvm_log import KvmTracker, Words
-from ckptd.trackers.kvm_ring import KvmRingTracker
+from ckptd.trackers.kvm_ring import KvmRingTracker, _sorted
 
-__all__ = ["SCANS", "Way", "bare_ways"]
+__all__ = ["SCANS", "Way", "bare_ways", "unsorted_way"]
 
 Way = Callable[[], Gfns]
 """Takes what is dirty, and resets it."""
@@ -121,32 +123,61 @@ def _bitmap_ways(machine: Machine, *, manual: bool) -> dict[str, Way]:
 
 
 def _ring_ways(machine: Machine, tracker: KvmRingTracker) -> dict[str, Way]:
-    """The dirty entries read and marked in their order, and RESET_DIRTY_RINGS."""
-    ioctl, fd, place = fcntl.ioctl, machine._vm.fd, tracker._rings[0]
+    """The dirty entries read and marked in their order, RESET_DIRTY_RINGS, and the list made a set."""
     ring = machine.rings[0]
-    size, last = len(ring), len(ring) - 1
-    flags, offsets = ring["flags"], ring["offset"].view(np.int64)
+    end = machine.spec.geometry[0].pages
 
-    def reading(tested: npt.NDArray[np.uint32] | npt.NDArray[np.uint64]) -> Way:
-        look = 256  # entries; then about as many as there were last time
+    def sort(found: Gfns) -> Gfns:
+        found.sort()
+        return found
 
+    def sort_halves(found: Gfns) -> Gfns:
+        return _sorted(found, end)
+
+    def set_of(read: Way, order: Callable[[Gfns], Gfns]) -> Way:
         def take() -> Gfns:
-            nonlocal look
-            at = place.next & last
-            if at + look <= size and (count := int((tested[at : at + look] != 1).argmax())):
-                found = offsets[at : at + count].copy()
-                flags[at : at + count] = 2
-            else:  # around the end, or more than looked at
-                order = np.arange(at, at + size) & last
-                count = int((tested[order] != 1).argmax())
-                found = offsets[order[:count]]
-                flags[order[:count]] = 2
-            ioctl(fd, abi.RESET_DIRTY_RINGS, 0)
-            place.next += count
-            look = count + (count >> 3) + 16
+            found = order(read())
+            same = found[1:] == found[:-1]
+            if len(same) and same.item(same.argmax()):
+                found = found[np.concatenate(([True], ~same))]
             return found
 
         return take
 
     # Where slot 0 is dirty, flags and slot make one word that is 1, too.
-    return {"flags": reading(flags), "flags and slot": reading(ring.view(np.uint64)[::2])}
+    tested = {"flags": ring["flags"], "flags and slot": ring.view(np.uint64)[::2]}
+    return {
+        f"{name}; {how}": set_of(_reading(machine, tracker, flags), order)
+        for name, flags in tested.items()
+        for how, order in (("sort", sort), ("sort halves", sort_halves))
+    }
+
+
+def unsorted_way(machine: Machine, tracker: KvmTracker) -> Way | None:
+    """The list of a ring as it is: less than a harvest has to yield. None for a bitmap."""
+    return _reading(machine, tracker, machine.rings[0]["flags"]) if isinstance(tracker, KvmRingTracker) else None
+
+
+def _reading(machine: Machine, tracker: KvmRingTracker, tested: npt.NDArray[np.uint32] | npt.NDArray[np.uint64]) -> Way:
+    ioctl, fd, place, ring = fcntl.ioctl, machine._vm.fd, tracker._rings[0], machine.rings[0]
+    size, last = len(ring), len(ring) - 1
+    flags, offsets = ring["flags"], ring["offset"].view(np.int64)
+    look = 256  # entries; then about as many as there were last time
+
+    def take() -> Gfns:
+        nonlocal look
+        at = place.next & last
+        if at + look <= size and (count := int((tested[at : at + look] != 1).argmax())):
+            found = offsets[at : at + count].copy()
+            flags[at : at + count] = 2
+        else:  # around the end, or more than looked at
+            order = np.arange(at, at + size) & last
+            count = int((tested[order] != 1).argmax())
+            found = offsets[order[:count]]
+            flags[order[:count]] = 2
+        ioctl(fd, abi.RESET_DIRTY_RINGS, 0)
+        place.next += count
+        look = count + (count >> 3) + 16
+        return found
+
+    return take

@@ -3,8 +3,8 @@
 A guest writes so many pages, picked by chance and in no order, and stops at a mark; then either the tracker or one of
 the bare ways (bare.py) takes what is dirty, timed. They take turns, in the same VM and with the same pages, and every
 result must hold all pages that the guest has written. While warming up all bare ways are tried; the best two remain,
-and `bare_us` is the lesser of their medians. Memory is sparse: only pages that were written exist. The guest runs in 32
-bits, so the pages are below 3 GiB.
+and `bare_us` is the lesser of their medians. For a ring `unsorted_us` is a reading that leaves its list as it is.
+Memory is sparse: only pages that were written exist. The guest runs in 32 bits, so the pages are below 3 GiB.
 
 Where memory is larger, the pages lie further apart, which the kernel's own part of a harvest feels in its caches. So
 `ring_growth` compares the largest and the smallest memory with the *same* pages, in turns: there nothing but the size
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptd.bench.bare import Way, bare_ways
+from ckptd.bench.bare import Way, bare_ways, unsorted_way
 from ckptd.bench.machine import conditions, median
 from ckptd.errors import ConfigError, GuestError, TrackerError, TrackerUnavailable
 from ckptd.guests.kvm.gate import KvmGate, gate_bytes
@@ -51,6 +51,7 @@ _RING_ENTRIES = 65536
 _MOST = 32768  # pages: far from what makes a ring lose some
 _REACH = 3 << 30  # a guest of 32 bits, below what a PC keeps for devices
 _SETS = 3  # sets of pages that are written in turns; odd, so that harvests and bare ways have each of them as often
+_UNSORTED = "unsorted"
 _TRIES = 3  # of a round that another process disturbs
 _GUEST_LIMIT = 60.0  # seconds
 
@@ -217,7 +218,10 @@ class _Guest:
         times = _times(count)
         _, tried, _ = self._in_turns(sets, ways, _SETS * times)
         best = sorted(ways, key=lambda name: median(tried[name]))[:2]
-        harvest, bare, beyond = self._in_turns(sets, {name: ways[name] for name in best}, rounds * times)
+        chosen = {name: ways[name] for name in best}
+        if unsorted := unsorted_way(self.machine, self.tracker):
+            chosen[_UNSORTED] = unsorted
+        harvest, bare, beyond = self._in_turns(sets, chosen, rounds * times)
         cheapest = min(best, key=lambda name: median(bare[name]))
         harvest_us, bare_us = median(harvest), median(bare[cheapest])
         return {
@@ -225,6 +229,7 @@ class _Guest:
             "harvest_us": round(harvest_us, 1), "bare_us": round(bare_us, 1), "ratio": round(harvest_us / bare_us, 3),
             "harvest_us_quartiles": _quartiles(harvest), "bare_us_quartiles": _quartiles(bare[cheapest]),
             "bare_way": cheapest, "rounds": rounds * times, "pages_beyond": beyond,
+            **({"unsorted_us": round(median(bare[_UNSORTED]), 1)} if unsorted else {}),
         }  # fmt: skip
 
     def _in_turns(

@@ -34,16 +34,16 @@ def markdown(result: dict[str, Any]) -> str:
     """All tables of a run, and what it ran on."""
     rows, limit = result["rows"], result["limit_ratio"]
     parts = [_measured_on(result)]
-    parts.append(_table(
-        ("tracker", "memory", "dirty pages", "harvest, µs", "bare, µs", "ratio", f"at most {limit}"),
-        [
-            (
-                row["tracker"], format_size(row["memory_bytes"]), f"{row['dirty_pages']:,}", _spread(row, "harvest_us"),
-                _spread(row, "bare_us"), f"{row['ratio']:.2f}", "yes" if row["ratio"] <= limit else "**no**",
-            )
-            for row in rows
-        ],
-    ))  # fmt: skip
+    head = ("tracker", "memory", "dirty pages", "harvest, µs", "bare, µs", "ratio", f"at most {limit}", "unsorted, µs")
+    cells: list[tuple[str, ...]] = [
+        (
+            row["tracker"], format_size(row["memory_bytes"]), f"{row['dirty_pages']:,}", _spread(row, "harvest_us"),
+            _spread(row, "bare_us"), f"{row['ratio']:.2f}", "yes" if row["ratio"] <= limit else "**no**",
+            f"{row['unsorted_us']:,.1f}" if "unsorted_us" in row else "",
+        )
+        for row in rows
+    ]  # fmt: skip
+    parts.append(_table(head, cells))
     if result["ring_growth"]:
         small, large = map(format_size, result["ring_growth"][0]["memory_bytes"])
         parts.append("The ring with the same pages in the smallest and in the largest memory:")
