@@ -27,7 +27,7 @@ from ckptd.daemon.link import Link, connect
 from ckptd.daemon.pacing import Pacer
 from ckptd.daemon.requests import Request, cause_of, serve
 from ckptd.daemon.shipper import Flight, Shipper
-from ckptd.errors import CkptdError, DigestMismatch, Fenced, Refused, StateError, TransportError
+from ckptd.errors import CkptdError, DigestMismatch, Fenced, GuestError, Refused, StateError, TransportError
 from ckptd.guests.base import Guest
 from ckptd.memory.digest import HashTable
 from ckptd.protocol.messages import Welcome
@@ -131,9 +131,11 @@ class PrimaryDaemon:
             try:
                 await self._session()
             except CkptdError as error:
-                if not self.guest.alive():
-                    raise
                 error = cause_of(error, self._link)
+                if not self.guest.alive():
+                    raise (
+                        error if isinstance(error, GuestError) else GuestError(f"the guest has ended: {error}")
+                    ) from None
                 if isinstance(error, Fenced):
                     await self._fence(error)
                 elif not self._stopping:

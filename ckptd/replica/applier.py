@@ -55,7 +55,7 @@ class Applier:
         anew = replace(meta, first=record.epoch, first_chain=meta.chain)
         if not self._journal.history:
             meta = anew
-        elif 2 * record.page_count * PAGE_SIZE > self._journal.history_bytes // _LARGE:
+        elif self._is_large(record) and not self._journal.pins:  # who reads the past is not left without a way to it
             meta = anew  # before the image changes: without an undo nothing leads back from here
             self._meta.write(meta)
         else:
@@ -146,6 +146,9 @@ class Applier:
     def _needed(self) -> int:
         """Segments after this epoch must stay for the redo after a power loss."""
         return self._meta.meta.synced if self.secured else self._meta.meta.epoch
+
+    def _is_large(self, record: EpochRecord) -> bool:
+        return 2 * record.page_count * PAGE_SIZE > self._journal.history_bytes // _LARGE
 
     def _undo(self, record: EpochRecord) -> None:
         meta, rows = self._meta.meta, self.image.rows

@@ -121,7 +121,8 @@ class Journal:
         return max(first, min([wanted, *self.pins]))
 
     def release(self, first: int, needed: int) -> None:
-        """Recycle what neither history from `first` on nor the redo of epochs after `needed` reads."""
+        """Recycle what neither history from `first` on, nor a pin, nor the redo of epochs after `needed` reads."""
+        first = min([first, *self.pins])
         for epoch in [epoch for epoch in self.segments if epoch < first and epoch <= needed]:
             self._segments.give(self.segments.pop(epoch))
             del self.entries[epoch]

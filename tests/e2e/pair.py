@@ -303,6 +303,11 @@ class Pair:
         found = self.secondary.status().get("guests")
         return found[0] if found else {}
 
+    def no_more_fits(self) -> bool:
+        """The window is full, or the socket: on a busy machine epochs are large, and fewer than the window fill it."""
+        status = self.primary.ask()
+        return status["in_flight"] >= 4 or (status["in_flight"] > 0 and status["sending"])
+
     def condition(self) -> str:
         return str(self.status().get("condition", ""))
 

@@ -23,7 +23,7 @@ def test_outputs_leave_only_with_acknowledged_epochs(make_pair: Make) -> None:
     pair.advances("outputs_released", 20)
     assert pair.relay is not None
     pair.relay.set("up", frozen=True)  # epochs leave, and do not arrive
-    wait_for(lambda: pair.primary.ask()["in_flight"] >= 4, "the window fills")
+    wait_for(pair.no_more_fits, "the window fills")
     written, steps = pair.primary.ask()["outputs_written"], pair.steps()
     wait_for(lambda: pair.primary.ask()["outputs_written"] > written + 30, "the guest goes on talking")
     assert pair.steps() > steps

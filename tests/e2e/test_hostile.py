@@ -74,7 +74,7 @@ def test_strangers_do_not_disturb_the_protected_link(pair: Pair) -> None:
         socket.create_connection(address, 30).close()
     for size in (1, 47, 48, 4096, 1 << 20):  # garbage
         with socket.create_connection(address, 30) as sock:
-            with suppress(ConnectionError):
+            with suppress(OSError):  # it may be closed at once: link.max_connections, or too much garbage
                 sock.sendall(chance.randbytes(size))
                 sock.shutdown(socket.SHUT_WR)
             assert ended(sock)

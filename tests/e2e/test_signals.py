@@ -89,7 +89,7 @@ def test_sigterm_leaves_guest_and_replica_as_they_are(make_pair: Make) -> None:
 def test_sigterm_does_not_wait_for_a_silent_secondary(make_pair: Make) -> None:
     pair = make_pair(link={"timeout": "5min"}, secondary_link={"timeout": "5min"}).start()
     pair.secondary.signal(signal.SIGSTOP)
-    wait_for(lambda: pair.primary.ask()["in_flight"] >= 4, "the window fills")
+    wait_for(pair.no_more_fits, "the window fills")
     assert pair.primary.terminate() == 0
     assert pair.guest_pid()
     pair.primary.start()  # connects to a socket that nobody reads

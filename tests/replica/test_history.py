@@ -257,3 +257,21 @@ def test_a_recording_overwrites_nothing(ten: tuple[Replica, Guest], tmp_path: Pa
     with pytest.raises(StateError, match="no committed epoch"):
         export(empty, tmp_path / "other")
     assert np.all(GEOMETRY.pages == 112)
+
+
+def test_a_large_epoch_does_not_cut_off_what_somebody_reads(tmp_path: Path) -> None:
+    replica, guest = open_replica(tmp_path / "vm", history_bytes=8 << 20), Guest()
+    guest.make(replica)
+    guest.go(replica, 3)
+    everything = [np.arange(region.pages, dtype=np.int64) for region in GEOMETRY]
+    for gfns, rows in zip(everything, guest.memory, strict=True):
+        rows[gfns] ^= 1
+    with replica.pinned(2):
+        guest.commit(replica, guest.stage(replica, everything))
+        replica.apply()
+        assert restore(replica, 2, tmp_path / "out").digest == guest.digests[2]
+    for gfns, rows in zip(everything, guest.memory, strict=True):
+        rows[gfns] ^= 1
+    guest.commit(replica, guest.stage(replica, everything))
+    replica.apply()
+    assert [entry.epoch for entry in replica.history()] == [5]  # nobody reads: history begins anew
