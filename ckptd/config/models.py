@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -58,6 +59,7 @@ Heartbeat = Annotated[Duration, durations(10 * MS, MINUTE)]
 Timeout = Annotated[Duration, durations(20 * MS, 10 * MINUTE)]
 Backoff = Annotated[Duration, durations(MS, 10 * MINUTE)]
 LinkBuffer = Annotated[Size, sizes(64 * KIB, GIB)]
+Words = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 Interval = Annotated[Duration, durations(MS, 10 * MINUTE)]
 
 
@@ -116,8 +118,15 @@ _KINDS: Mapping[str, _KindKeys] = {
     "kvm": _KindKeys(
         ("random", "counter", "patterns", "kv"), ("auto", "kvm-bitmap", "kvm-manual", "kvm-ring"), (256, 1 << 16)
     ),
+    "qemu": _KindKeys(("",), ("auto", "pagemap", "soft-dirty"), (64, 1 << 20)),
 }
-Kind = Literal["sim", "kvm"]
+Kind = Literal["sim", "kvm", "qemu"]
+
+_OF_QEMU = ("qmp", "disks", "ignore_ram")
+_NOT_OF_QEMU = ("memory", "regions", "vcpus", "workload", "seed", "ring_entries", "dirty_rate", "output_every")
+
+
+_WHY_NOT = ("it says how a QEMU that runs already is protected", "QEMU says it itself: leave the key out")
 
 
 class GuestConfig(_Section):
@@ -136,6 +145,9 @@ class GuestConfig(_Section):
     output_every: Annotated[int, limits(1, 10**9)] = 16
     output: FilePath
     gate_capacity: Annotated[Size, sizes(4 * KIB, GIB)] = MIB
+    qmp: FilePath | None = None
+    disks: Literal["refuse", "shared", "ignore"] = "refuse"
+    ignore_ram: Words = ()
 
     @field_validator("workload", "tracker", "ring_entries")
     @classmethod
@@ -155,8 +167,16 @@ class GuestConfig(_Section):
     @classmethod
     def _defaults(cls, raw: Any) -> Any:
         if isinstance(raw, Mapping):
-            if "workload" not in raw and raw.get("kind", "sim") in _KINDS:
-                raw = {**raw, "workload": _KINDS[raw.get("kind", "sim")].workloads[0]}
+            kind = raw.get("kind", "sim")
+            for key in _NOT_OF_QEMU if kind == "qemu" else _OF_QEMU:
+                if key in raw:
+                    raise wrong(f"{key} is not a key of a {kind} guest", _WHY_NOT[kind == "qemu"])
+            if kind == "qemu":
+                if "qmp" not in raw:
+                    raise wrong("a qemu guest needs qmp, the path of its monitor", 'qmp = "/run/vm.qmp"')
+                return {"gate_capacity": 64 * MIB, **raw, "workload": ""}
+            if "workload" not in raw and kind in _KINDS:
+                raw = {**raw, "workload": _KINDS[kind].workloads[0]}
             if "memory" in raw and "regions" in raw:
                 raise wrong("has both memory and regions", "write memory for a single region, or name the regions")
             if "memory" not in raw and "regions" not in raw:
@@ -165,7 +185,9 @@ class GuestConfig(_Section):
 
     @property
     def pages(self) -> dict[str, int]:
-        """Pages of each region, in the order of their numbers; `memory` is one region called ram."""
+        """Pages of each region, in the order of their numbers; `memory` is one region called ram. QEMU says its own."""
+        if self.kind == "qemu":
+            return {}
         sizes = self.regions if self.regions is not None else {"ram": self.memory or 0}
         return {name: size // PAGE_SIZE for name, size in sizes.items()}
 
@@ -273,12 +295,29 @@ class Replica(_Section):
     max_memory: Annotated[Size, sizes(MIB, 16 * TIB)] = 64 * GIB
 
 
+class StandbyCommand(_Section):
+    """[guest.standby]: what is otherwise on this host than in the command line of the primary's QEMU."""
+
+    command: Words = ()
+    binary: str | None = None
+    replace: dict[str, str] = {}
+    drop: Words = ()
+    append: Words = ()
+
+
 class GuestEntry(_Section):
     """[[guest]]: one guest that this secondary accepts."""
 
     name: Name
     kind: Kind = "sim"
     output: FilePath
+    standby: StandbyCommand = StandbyCommand()
+
+    @model_validator(mode="after")
+    def _of_qemu(self) -> Self:
+        if self.kind != "qemu" and self.standby != StandbyCommand():
+            raise wrong(f"standby is not a key of a {self.kind} guest", "only QEMU has a command line")
+        return self
 
 
 class SecondaryLink(_Link):

@@ -89,6 +89,7 @@ class PrimaryDaemon:
     async def run(self) -> None:
         """Attach and protect until stopped. Raises GuestError when the guest is gone."""
         await self.guest.attach()
+        self.shipper.begin()
         await self.guest.pause()
         self.guest.tracker.start()
         await self.guest.resume()
@@ -406,7 +407,7 @@ class PrimaryDaemon:
             "term": self.term, "epoch": self.acknowledged_epoch, "acknowledged_at": self.acknowledged_at,
             "in_flight": len(shipper.flights), "sending": bool(link and link.queued),
             "interval_ms": self.pacer.interval / 1e6,
-            "memory_bytes": self.guest.geometry.size_bytes, "vcpus": self.guest.vcpus,
+            "memory_bytes": self.guest.geometry.size_bytes if self._attached else 0, "vcpus": self.guest.vcpus,
             "tracker": self.guest.tracker.name if self._attached else None,
             "secondary": self.config.secondary.address, "connections": self._connections,
             "wire_bytes": self._earlier_bytes[0] + (link.sent_bytes if link else 0),

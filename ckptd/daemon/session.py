@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -48,7 +49,7 @@ class Session:
         self._machine = SecondaryMachine(Timing(link.heartbeat, link.timeout), time.monotonic_ns())
         self._guest: Protected | None = None
         self._work: asyncio.Task[None] | None = None
-        self._looked_at_state = False
+        self._fitting: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
         self._heard_at = time.monotonic_ns()
         self._link = Link(sock, self._machine, self._on_event, self._on_end)
@@ -239,17 +240,32 @@ class Session:
         assert self._guest is not None
         self._link.send(self._machine.acknowledge(event.level))
         self._guest.committed_at = time.time()
-        if not self._looked_at_state:
-            self._looked_at_state = True
-            self._look_at_state(self._guest)
+        if self._fitting is None:
+            self._fitting = asyncio.create_task(self._fit_standby(self._guest))
 
-    def _look_at_state(self, guest: Protected) -> None:
+    async def _fit_standby(self, guest: Protected) -> None:
         """A host that could not run the guest is better known now than when it is needed."""
-        why = guest.standby.unfit(self._replica.state)
-        if why:
+        replica = guest.replica
+        assert replica.geometry is not None
+        try:
+            why = await guest.standby.fit(replica.geometry, replica.descriptors(), replica.state, self._still)
+        except CkptdError as error:
+            why = str(error)
+        if why and guest.session is self:
             guest.log.error("this guest could NOT be resumed here", reason=why)
             reason = f"from the primary at {self.address}; the guest could NOT be resumed here: {why}"
             guest.condition.become("receiving", reason)
+
+    @asynccontextmanager
+    async def _still(self) -> AsyncIterator[bytes]:
+        """No epoch is committed while the block runs: image and state are of one."""
+        while self._work is not None:
+            await asyncio.wait({self._work})
+        self._link.hold()
+        try:
+            yield self._replica.state
+        finally:
+            self._link.go_on()
 
     async def _send_table(self) -> None:
         for frame in self._machine.table_frames():

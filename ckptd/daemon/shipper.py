@@ -25,6 +25,7 @@ from ckptd.memory.batch import DELTA, RAW, ZERO, DeltaCache, Kinds
 from ckptd.memory.digest import HashTable
 from ckptd.memory.dirtyset import DirtySet, Gfns, runs_of
 from ckptd.memory.hashing import Hashes, PageHasher, Rows
+from ckptd.memory.regions import Geometry
 from ckptd.protocol.peer import Buffers
 from ckptd.protocol.primary import PrimaryMachine
 from ckptd.units import PAGE_SIZE
@@ -77,10 +78,9 @@ class Shipper:
         self, guest: Guest, *, stage_bytes: int, batch_bytes: int, encoding: Encoding, cache_bytes: int
     ) -> None:
         self.guest = guest
-        self.geometry = guest.geometry
         self.table: HashTable | None = None
         self.continuous = False  # everything that changed since the table is in the tracker or pending
-        self.pending = DirtySet.empty(len(self.geometry))
+        self.pending = DirtySet.empty(0)
         self.flights: deque[Flight] = deque()
         self.counters = Counters()
         self.pause_ms, self.commit_ms = Recent(), Recent()
@@ -91,6 +91,14 @@ class Shipper:
         self._cache_bytes = cache_bytes
         self._rest = 0
         self.progress: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """The guest is attached: what memory it has is known."""
+        self.pending = DirtySet.empty(len(self.geometry))
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.guest.geometry
 
     @property
     def stage_pages(self) -> int:

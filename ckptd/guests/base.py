@@ -1,7 +1,7 @@
 """What a guest is, where it runs (Guest, Gate) and where it is taken over (Standby), and where kinds come from.
 
-A kind is an object with `make_guest` and `make_standby`. `sim` and `kvm` are built in; others come by entry points of
-the group `ckptd.guests`:
+A kind is an object with `make_guest` and `make_standby`. `sim`, `kvm` and `qemu` are built in; others come by entry
+points of the group `ckptd.guests`:
 
     [project.entry-points."ckptd.guests"]
     mykind = "my.package:KIND"
@@ -12,7 +12,8 @@ goes on and its output stays in the gate (P5).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ from ckptd.memory.regions import Geometry
 from ckptd.trackers.base import Tracker
 
 __all__ = [
-    "Gate", "Guest", "GuestKind", "GuestSettings", "Memory", "Standby", "StandbySettings", "guest_kind",
+    "Gate", "Guest", "GuestKind", "GuestSettings", "Memory", "Standby", "StandbySettings", "Still", "guest_kind",
     "guest_kinds",
 ]  # fmt: skip
 
@@ -121,14 +122,22 @@ class Guest(Protocol):
         """For the status."""
 
 
+Still = Callable[[], AbstractAsyncContextManager[bytes]]
+"""While its block runs the image stands still, and is that of the state which it gives. No epoch is committed then."""
+
+
 class Standby(Protocol):
     """A guest on the side that takes over: waiting, then running over the image."""
 
     async def prepare(self) -> None:
         """Have all that can be ready, so that `activate` takes milliseconds."""
 
-    def unfit(self, state: bytes) -> str:
-        """Why this host could not go on with the guest of this state; empty if it could. For the operator, early."""
+    async def fit(self, geometry: Geometry, images: Sequence[int], state: bytes, still: Still) -> str:
+        """What the guest needs is known now: have it ready, and say why this host could not go on with it; empty if
+        it could.
+
+        For the operator, early. The image changes meanwhile, and must not be written.
+        """
 
     async def activate(
         self, geometry: Geometry, images: Sequence[int], state: bytes, held: bytes, released: int
@@ -192,7 +201,7 @@ class GuestKind(Protocol):
 
 def guest_kinds() -> tuple[str, ...]:
     """The names of all kinds that are installed."""
-    return tuple(sorted({"kvm", "sim", *(entry.name for entry in entry_points(group=_GROUP))}))
+    return tuple(sorted({"kvm", "qemu", "sim", *(entry.name for entry in entry_points(group=_GROUP))}))
 
 
 def guest_kind(name: str) -> GuestKind:
@@ -205,6 +214,10 @@ def guest_kind(name: str) -> GuestKind:
         from ckptd.guests.kvm import KIND as KVM
 
         return KVM
+    if name == "qemu":
+        from ckptd.guests.qemu import KIND as QEMU
+
+        return QEMU
     for entry in entry_points(group=_GROUP, name=name):
         kind: GuestKind = entry.load()
         return kind

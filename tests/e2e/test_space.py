@@ -49,7 +49,7 @@ def test_no_room_for_an_epoch(make_pair: Make, small: Path) -> None:
         checkpoint={"interval": "20ms"},
     ).start()  # fmt: skip
     filler = fill(small)
-    pair.sections["checkpoint"]["interval"] = "400ms"
+    pair.sections["checkpoint"]["interval"] = "1500ms"
     pair.write()
     pair.primary.signal(signal.SIGHUP)
     full = "No space left"

@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ckptd.guests.base import Memory
 from ckptd.guests.kvm.gate import KvmGate
 from ckptd.guests.kvm.spec import KvmSpec
-from ckptd.guests.process.guest import Attached, ProcessGuest
+from ckptd.guests.process.guest import Attached, ProcessGuest, mapped
 from ckptd.guests.process.link import GuestLink
+from ckptd.guests.process.remote import RemoteTracker
 from ckptd.guests.process.shared import map_file
-from ckptd.memory.dirtyset import DirtySet
+from ckptd.memory.regions import Geometry
 from ckptd.trackers.base import Tracker
 
-__all__ = ["KvmGuest", "RemoteTracker"]
-
-
-class RemoteTracker:
-    """A tracker in the VMM's process. `exchange`: where it leaves the gfns of a harvest."""
-
-    needs_pause = False
-
-    def __init__(self, name: str, link: GuestLink, exchange: npt.NDArray[np.uint8]) -> None:
-        self.name = name
-        self.exact = False
-        self._link = link
-        self._gfns = exchange[: len(exchange) // 8 * 8].view(np.int64)
-        self._restored: DirtySet | None = None
-
-    def start(self) -> None:
-        self._link.ask({"op": "start"})
-        self._restored = None
-
-    def harvest(self) -> DirtySet:
-        reply, _ = self._link.ask({"op": "harvest"})
-        gfns, at = [], 0
-        for count in reply["counts"]:
-            gfns.append(self._gfns[at : at + count].copy())
-            at += count
-        self.exact = reply["exact"]
-        dirty = DirtySet(gfns, reply["overflowed"])
-        if self._restored is not None:
-            dirty, self._restored = dirty.merge(self._restored), None
-        return dirty
-
-    def restore(self, dirty: DirtySet) -> None:
-        self._restored = dirty if self._restored is None else self._restored.merge(dirty)
-
-    def stop(self) -> None:
-        self._link.ask({"op": "stop"})
+__all__ = ["KvmGuest"]
 
 
 class KvmGuest(ProcessGuest[KvmSpec, KvmGate]):
@@ -77,14 +42,22 @@ class KvmGuest(ProcessGuest[KvmSpec, KvmGate]):
         self._ring_entries = ring_entries
         self._exchange = np.empty(0, dtype=np.uint8)
 
+    @property
+    def geometry(self) -> Geometry:
+        return self.params.geometry
+
+    @property
+    def vcpus(self) -> int:
+        return self.params.vcpus
+
     def _log(self) -> dict[str, Any]:
         return {"tracker": self._tracker_name, "ring_entries": self._ring_entries}
 
-    def _parts(self, link: GuestLink, reply: dict[str, Any], fds: list[int]) -> tuple[KvmGate, Tracker, Sequence[int]]:
+    def _parts(self, link: GuestLink, reply: dict[str, Any], fds: list[int]) -> tuple[KvmGate, Tracker, Memory]:
         gate_fd, exchange_fd, *memory_fds = fds
         self._exchange = map_file(exchange_fd, writable=False)
         gate = KvmGate(map_file(gate_fd), self._output, lambda: link.tell({"op": "released"}))
-        return gate, RemoteTracker(reply["tracker"], link, self._exchange), memory_fds
+        return gate, RemoteTracker(reply["tracker"], link, self._exchange), mapped(memory_fds)
 
     async def _saved(self) -> bytes:
         reply, _ = await self._now.link.ask_soon({"op": "save"})

@@ -29,6 +29,7 @@ from ckptd.guests.kvm.programs import image_of
 from ckptd.guests.kvm.spec import KvmSpec
 from ckptd.guests.kvm.state import decode, encode
 from ckptd.guests.kvm.vcpu import KICK
+from ckptd.guests.process.remote import leave
 from ckptd.guests.process.server import Answer, GuestServer, serve_until_end
 from ckptd.guests.process.shared import ControlPage, make_file, map_file, read_file
 from ckptd.guests.process.wire import MAX_REGIONS
@@ -223,13 +224,7 @@ class KvmProcess:
 
     def _harvest(self) -> dict[str, Any]:
         tracker = self._running().chosen_tracker
-        dirty = tracker.harvest()
-        words, at = self._exchange[: len(self._exchange) // 8 * 8].view(np.int64), 0
-        for gfns in dirty.gfns:
-            words[at : at + len(gfns)] = gfns
-            at += len(gfns)
-        counts = [len(gfns) for gfns in dirty.gfns]
-        return {"counts": counts, "overflowed": dirty.overflowed, "exact": tracker.exact}
+        return leave(tracker.harvest(), tracker.exact, self._exchange)
 
     def _save(self) -> dict[str, Any]:
         blob = encode(self._running().save())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from ckptd.errors import CkptdError
+from ckptd.guests.base import Still
 from ckptd.guests.kvm.gate import KvmGate, gate_bytes
 from ckptd.guests.kvm.host import cpuid_of, features_of, open_kvm
 from ckptd.guests.kvm.state import decode, unfit
@@ -27,7 +29,7 @@ class KvmStandby(ProcessStandby):
             os.close(open_kvm())
         await super().prepare()
 
-    def unfit(self, state: bytes) -> str:
+    async def fit(self, geometry: Geometry, images: Sequence[int], state: bytes, still: Still) -> str:
         try:
             kvm = open_kvm()
             try:

@@ -25,16 +25,12 @@ from ckptd.memory.regions import Geometry
 from ckptd.trackers.base import Tracker
 from ckptd.units import PAGE_SIZE
 
-__all__ = ["Attached", "Description", "ProcessGuest"]
+__all__ = ["Attached", "Description", "ProcessGuest", "mapped"]
 
 
 class Description(Protocol):
     """What a guest is: two processes with equal `as_dict` run the same guest."""
 
-    @property
-    def geometry(self) -> Geometry: ...
-    @property
-    def vcpus(self) -> int: ...
     def as_dict(self) -> dict[str, Any]: ...
 
 
@@ -84,8 +80,8 @@ class ProcessGuest(Generic[D, G]):
         """What `attach` says of the dirty log that is wanted."""
         raise NotImplementedError
 
-    def _parts(self, link: GuestLink, reply: dict[str, Any], fds: list[int]) -> tuple[G, Tracker, Sequence[int]]:
-        """Gate, tracker, and the descriptors of the regions; `fds` is what follows the common ones."""
+    def _parts(self, link: GuestLink, reply: dict[str, Any], fds: list[int]) -> tuple[G, Tracker, Memory]:
+        """Gate, tracker, and memory; `fds` is what follows the common descriptors, and is closed afterwards."""
         raise NotImplementedError
 
     def _facts(self, now: Attached[G] | None) -> dict[str, object]:
@@ -96,11 +92,11 @@ class ProcessGuest(Generic[D, G]):
 
     @property
     def geometry(self) -> Geometry:
-        return self.params.geometry
+        raise NotImplementedError
 
     @property
     def vcpus(self) -> int:
-        return self.params.vcpus
+        raise NotImplementedError
 
     @property
     def run(self) -> bytes:
@@ -134,13 +130,13 @@ class ProcessGuest(Generic[D, G]):
             try:
                 self._check(reply["params"])
                 page_fd, attention, *rest = fds
-                gate, tracker, memory_fds = self._parts(link, reply, rest)
+                gate, tracker, memory = self._parts(link, reply, rest)
                 self._attached = Attached(
                     link=link,
                     page=ControlPage(map_file(page_fd)),
                     gate=gate,
                     tracker=tracker,
-                    memory=[map_file(fd, writable=False).reshape(-1, PAGE_SIZE) for fd in memory_fds],
+                    memory=memory,
                     attention=os.dup(attention),
                     run=reply["run"],
                 )
@@ -235,3 +231,8 @@ class ProcessGuest(Generic[D, G]):
                 hint="end that guest, or change the configuration back",
                 guest=self.name,
             )
+
+
+def mapped(fds: Sequence[int]) -> Memory:
+    """The files of the regions, whole, to be read."""
+    return [map_file(fd, writable=False).reshape(-1, PAGE_SIZE) for fd in fds]

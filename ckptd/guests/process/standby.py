@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ckptd.errors import GuestError, StateError
+from ckptd.guests.base import Still
 from ckptd.guests.process.link import GuestLink
 from ckptd.guests.process.shared import ControlPage, make_file, map_file
 from ckptd.memory.regions import Geometry
@@ -43,7 +44,7 @@ class ProcessStandby:
             self._link = await GuestLink.open(self._runtime, self.module)
             self._page = ControlPage(map_file(self._link.page_fd))
 
-    def unfit(self, state: bytes) -> str:
+    async def fit(self, geometry: Geometry, images: Sequence[int], state: bytes, still: Still) -> str:
         return ""
 
     async def activate(

@@ -1,0 +1,171 @@
+"""QemuGuest: the daemon's view of a guest in a QEMU that runs anyway. Memory is QEMU's, or read out of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from ckptd.errors import GuestError, StateError
+from ckptd.guests.base import Memory
+from ckptd.guests.process.guest import Attached, ProcessGuest
+from ckptd.guests.process.link import GuestLink
+from ckptd.guests.process.remote import RemoteTracker
+from ckptd.guests.process.shared import map_file, read_file
+from ckptd.guests.qemu.gate import QemuGate
+from ckptd.guests.qemu.qmp import Monitor
+from ckptd.guests.qemu.ram import PrivateRam, backends_of, geometry_of, map_backing
+from ckptd.guests.qemu.refusals import run_state
+from ckptd.guests.qemu.spec import QemuSpec
+from ckptd.guests.qemu.state import encode
+from ckptd.guests.qemu.survey import Survey
+from ckptd.memory.dirtyset import Gfns
+from ckptd.memory.regions import Geometry
+from ckptd.trackers.base import Tracker
+from ckptd.units import PAGE_SIZE
+
+__all__ = ["QemuGuest"]
+
+_AGAIN = 0.5  # seconds between two looks at a QEMU that is not ready
+
+
+class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
+    """`tracker`: "auto", "pagemap" or "soft-dirty". Its geometry is known once it is attached."""
+
+    kind = "qemu"
+    module = "ckptd.guests.qemu.process"
+
+    def __init__(
+        self, name: str, params: QemuSpec, runtime: Path, *, tracker: str = "auto", gate_capacity: int = 64 << 20
+    ) -> None:
+        super().__init__(name, params, runtime, gate_capacity=gate_capacity, output=None)
+        self._tracker_name = tracker
+        self._survey: Survey | None = None
+        self._about = b""
+        self._state_fd = self._wake_fd = -1
+        self._state_bytes = 0
+        self._qemu_pid = 0
+        self._waits_for = ""
+
+    @property
+    def survey(self) -> Survey:
+        """What this QEMU is."""
+        if self._survey is None:
+            raise StateError("the guest is not attached", guest=self.name)
+        return self._survey
+
+    @property
+    def geometry(self) -> Geometry:
+        return geometry_of(self.survey)
+
+    @property
+    def vcpus(self) -> int:
+        return self._survey.cpus if self._survey is not None else 0
+
+    async def attach(self) -> None:
+        """Waits while QEMU is in a state that passes by itself. Raises GuestError."""
+        while why := await asyncio.to_thread(self._passing):
+            self._waits_for = why
+            await asyncio.sleep(_AGAIN)
+        self._waits_for = ""
+        await super().attach()
+
+    def _passing(self) -> str:
+        """What is waited for, in words; empty if nothing is."""
+        if (self._runtime / "guest.sock").exists():  # a keeper has the monitor already, or has left its socket
+            return ""
+        monitor = Monitor(self.params.qmp)
+        try:
+            state = run_state(monitor.execute("query-status")["status"])
+        finally:
+            monitor.close()
+        return state.why if state.verdict == "wait" else ""
+
+    def _log(self) -> dict[str, Any]:
+        return {"tracker": self._tracker_name}
+
+    def _parts(self, link: GuestLink, reply: dict[str, Any], fds: list[int]) -> tuple[QemuGate, Tracker, Memory]:
+        head, wake, state, exchange, about, *backing = fds
+        self._about = read_file(about)
+        self._survey = survey = Survey.from_dict(msgpack.unpackb(self._about))
+        self._state_fd, self._wake_fd = os.dup(state), os.dup(wake)
+        self._qemu_pid = int(reply["qemu"])
+        memory: list[Any] = []
+        for one, is_mapped in zip(backends_of(survey), reply["mapped"], strict=True):
+            if is_mapped:
+                memory.append(map_backing(backing.pop(0), one))
+            else:
+                assert one.address is not None
+                memory.append(PrivateRam(self._qemu_pid, one.address, one.size // PAGE_SIZE, one.id))
+        gate = QemuGate(map_file(head), self._wake_fd)
+        return gate, RemoteTracker(reply["tracker"], link, map_file(exchange, writable=False)), cast(Memory, memory)
+
+    async def pause(self) -> None:
+        now = self._now
+        if now.paused:
+            raise StateError("the guest is paused already", guest=self.name)
+        reply, _ = await now.link.ask_soon({"op": "pause"})
+        now.paused = True
+        now.gate.marked, self._state_bytes = reply["mark"], reply["bytes"]
+
+    async def save_state(self) -> bytes:
+        """Raises GuestError if somebody else let the guest go on meanwhile."""
+        now = self._now
+        if not now.paused:
+            raise StateError("the state is saved while the guest is paused", guest=self.name)
+        await now.link.ask_soon({"op": "hold"})
+        return encode(self._about, os.pread(self._state_fd, self._state_bytes, 0))
+
+    async def resume(self) -> None:
+        now = self._now
+        if not now.paused:
+            raise StateError("the guest is not paused", guest=self.name)
+        now.paused = False
+        now.link.tell({"op": "resume"})
+
+    def read_pages(self, region: int, gfns: Gfns, out: npt.NDArray[np.uint8]) -> None:
+        memory: object = self._now.memory[region]
+        if isinstance(memory, PrivateRam):
+            memory.read_pages(gfns, out)
+        else:
+            super().read_pages(region, gfns, out)
+
+    async def detach(self) -> None:
+        """Let go of what it has said, and leave nothing in QEMU. The guest goes on, unprotected."""
+        await self._end("end")
+
+    async def end(self) -> None:
+        """QEMU quits."""
+        await self._end("quit")
+
+    async def _end(self, how: str) -> None:
+        if self._attached is None:
+            return
+        attached, self._attached = self._attached, None
+        try:
+            await attached.link.ask_soon({"op": how})
+        except GuestError:
+            if attached.link.alive():
+                raise
+        finally:
+            await attached.link.end()
+            attached.close()
+            for fd in (self._state_fd, self._wake_fd):
+                os.close(fd)
+
+    def _facts(self, now: Attached[QemuGate] | None) -> dict[str, object]:
+        facts: dict[str, object] = {"qmp": str(self.params.qmp)}
+        if self._waits_for:
+            facts["waits_for"] = self._waits_for
+        if now is not None and self._survey is not None:
+            facts |= {
+                "qemu": self._survey.version, "machine": self._survey.machine, "qemu_pid": self._qemu_pid,
+                "netdevs": [one.id for one in self._survey.netdevs], "held_bytes": now.gate.held_bytes,
+                "note": now.page.note,
+            }  # fmt: skip
+        return facts

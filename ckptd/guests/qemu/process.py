@@ -1,0 +1,384 @@
+"""The keeper of a QEMU guest: `python -m ckptd.guests.qemu.process --listen-fd N --control PATH`.
+
+It stands between a daemon and a QEMU that runs anyway: it speaks QEMU's monitor, takes the dirty log, and holds the
+gate. It outlives the daemon (P5): then the guest goes on, nothing is logged, and what the guest says is held; once the
+gate is full the guest is stopped. It ends when QEMU ends, or when the daemon detaches: then nothing of it is left in
+QEMU. If it is killed QEMU drops what the guest says, until a new keeper takes its place.
+
+A pause is `stop`, the gate's mark, and the device state (`xen-save-devices-state`, which needs no Xen: everything but
+RAM, into a file of ours that QEMU was given by descriptor). Only then is the dirty log taken: a device that writes to
+RAM while it is saved is not missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ckptd.errors import CkptdError, GuestError, StateError
+from ckptd.guests.process.remote import leave
+from ckptd.guests.process.server import Answer, GuestServer, serve_until_end
+from ckptd.guests.process.shared import ControlPage, make_file, map_file
+from ckptd.guests.qemu import filters
+from ckptd.guests.qemu.gate import GATE_BYTES, Holder
+from ckptd.guests.qemu.qmp import Monitor
+from ckptd.guests.qemu.ram import backends_of, geometry_of, open_backing
+from ckptd.guests.qemu.refusals import refusals
+from ckptd.guests.qemu.spec import QemuSpec
+from ckptd.guests.qemu.state import describe
+from ckptd.guests.qemu.survey import Survey, survey
+from ckptd.memory.regions import Geometry
+from ckptd.trackers.base import Tracker
+from ckptd.trackers.process import process_tracker
+
+__all__ = ["QemuProcess", "main"]
+
+_LOOK = 0.5  # seconds between two looks at nothing in particular
+_LET_GO = 2.0  # seconds for QEMU to take what is released at the end
+_SAVE = "xen-save-devices-state"
+
+
+class _Asking:
+    """The monitor as the survey asks it."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+
+    async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        return self._monitor.execute(command, arguments)
+
+    async def human(self, line: str) -> str:
+        return self._monitor.human(line)
+
+
+class _Vm:
+    """A QEMU that is attached to: what it is, and all that we have of it."""
+
+    def __init__(self, spec: QemuSpec, capacity: int, head: np.ndarray[Any, np.dtype[np.uint8]], notice: int) -> None:
+        self.monitor = Monitor(spec.qmp)
+        try:
+            self.pid = self.monitor.peer_pid
+            self.pidfd = os.pidfd_open(self.pid)
+            self.survey: Survey = asyncio.run(survey(_Asking(self.monitor), self.pid))
+            if why := refusals(self.survey, disks=spec.disks, ignore_blocks=spec.ignore_ram):
+                raise GuestError("this QEMU cannot be protected: " + "; ".join(why), pid=self.pid)
+            if _SAVE not in self.survey.commands:
+                raise GuestError(f"this QEMU ({self.survey.version}) has no {_SAVE}", hint="use QEMU 7.2 or newer")
+            self.geometry: Geometry = geometry_of(self.survey)
+            self.run = _run_of(self.pid)
+            self.running = self.survey.status == "running"
+            self.own_stop = False  # the guest stands because we have stopped it
+            self.meddled = False  # somebody else made it run while we had stopped it
+            self.state_fd = make_file("ckptd-state", 0)
+            self._fdset = self._give(self.state_fd)
+            self.holder = Holder(head, capacity, lambda: os.eventfd_write(notice, 1))
+            with self.stopped():  # a filter of a keeper that was killed still keeps packets back: until ours are there
+                filters.remove(self.monitor)
+                for lane in filters.insert(self.monitor, [one.id for one in self.survey.netdevs]):
+                    self.holder.add(*lane)
+        except BaseException:
+            self.monitor.close()
+            raise
+
+    def _give(self, fd: int) -> int:
+        """Give QEMU a descriptor to write to; the number of its set. It opens it for writing only, and so must we."""
+        self._position = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+        return int(self.monitor.execute("add-fd", {"opaque": "ckptd"}, [self._position])["fdset-id"])
+
+    def stopped(self) -> _Stopped:
+        return _Stopped(self)
+
+    def events(self) -> None:
+        """What has happened in QEMU since the last look."""
+        self.monitor.poll()
+        while self.monitor.events:
+            event = self.monitor.events.popleft()["event"]
+            if event == "STOP":
+                self.running = False
+            elif event == "RESUME":
+                self.running = True
+                if self.own_stop:
+                    self.meddled = True
+
+    def stop(self) -> None:
+        self.events()
+        if self.running:
+            self.monitor.execute("stop")
+            self.events()
+            self.own_stop, self.meddled, self.running = True, False, False
+
+    def go(self) -> None:
+        if self.own_stop:
+            self.own_stop = False
+            self.monitor.execute("cont")
+            self.events()
+            self.running = True
+
+    def save(self) -> int:
+        """The device state into `state_fd`; its bytes."""
+        os.ftruncate(self.state_fd, 0)
+        os.lseek(self._position, 0, os.SEEK_SET)  # QEMU's descriptor is a copy of this one, and shares its place
+        self.monitor.execute(_SAVE, {"filename": f"/dev/fdset/{self._fdset}", "live": False})
+        size = os.fstat(self.state_fd).st_size
+        if not size:
+            raise GuestError("QEMU has saved no device state")
+        return size
+
+    def let_go(self) -> None:
+        """Leave QEMU as it was found, with everything said that it wanted to say."""
+        with self.stopped():
+            self.holder.open()
+            until = time.monotonic() + _LET_GO
+            while not self.holder.drained() and time.monotonic() < until:
+                time.sleep(0.001)
+            filters.remove(self.monitor)
+        self.monitor.execute("remove-fd", {"fdset-id": self._fdset})
+        self.close()
+
+    def close(self) -> None:
+        self.holder.close()
+        self.monitor.close()
+        for fd in (self.pidfd, self.state_fd, self._position):
+            os.close(fd)
+
+
+class _Stopped:
+    """While the block runs the guest stands; afterwards it is as before."""
+
+    def __init__(self, vm: _Vm) -> None:
+        self._vm, self._ours = vm, False
+
+    def __enter__(self) -> None:
+        self._ours = not self._vm.own_stop
+        self._vm.stop()
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            self._vm.go()
+
+
+class QemuProcess:
+    """The commands, and what has to be done between them."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._server = GuestServer(listener, self._answer, self._lost)
+        self._vm: _Vm | None = None
+        self._spec: QemuSpec | None = None
+        self._tracker: Tracker | None = None
+        self._ended = False
+        self._paused = self._stalled = False
+        self._page_fd = make_file("ckptd-control", ControlPage.SIZE)
+        self._page = ControlPage(map_file(self._page_fd))
+        self._attention = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._noticed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._head_fd = make_file("ckptd-gate", GATE_BYTES)
+        self._head = map_file(self._head_fd)
+        self._exchange_fd = -1
+        self._exchange = np.empty(0, dtype=np.uint8)
+        self._opened: list[int] = []
+        self._note = ""
+
+    def run(self) -> None:
+        """Until `end`, until QEMU has ended, or until the daemon of one that never attached is gone."""
+        try:
+            while not self._ended:
+                vm = self._vm
+                also = [self._noticed] if vm is None else [self._noticed, vm.pidfd, vm.monitor.fileno()]
+                ready = self._server.wait(_LOOK, also)
+                if vm is not None and not self._ended:
+                    self._between(vm, ready)
+        except GuestError as error:
+            self._say(str(error))
+        finally:
+            self._leave()
+
+    def _between(self, vm: _Vm, ready: list[int]) -> None:
+        if vm.pidfd in ready:
+            raise GuestError("QEMU has ended", pid=vm.pid)
+        if self._noticed in ready:
+            os.eventfd_read(self._noticed)
+        vm.events()
+        self._stall(vm)
+        lost = ", ".join(vm.holder.lost())
+        self._say(vm.holder.trouble or (f"the filter of {lost} was taken out of QEMU" if lost else ""))
+
+    def _stall(self, vm: _Vm) -> None:
+        """A full gate stops the guest, and one that is half free lets it go on: nothing is ever dropped."""
+        if vm.holder.full and not self._stalled:
+            self._stalled = True
+            vm.stop()
+            self._attend()
+        elif self._stalled and not vm.holder.full:
+            self._stalled = False
+            if not self._paused:
+                vm.go()
+
+    def _attend(self) -> None:
+        if self._server.connected:
+            os.eventfd_write(self._attention, 1)
+
+    def _say(self, note: str) -> None:
+        """To the status, and once into guest.log."""
+        if note != self._note:
+            self._note = self._page.note = note
+            print(note or "all is well again", file=sys.stderr, flush=True)
+
+    def _lost(self) -> None:
+        """The daemon is gone. The guest goes on; nobody harvests, so nothing is logged; the gate holds."""
+        if self._vm is None:
+            self._ended = True
+            return
+        if self._tracker is not None:
+            self._tracker.stop()
+        self._resume()
+
+    def _leave(self) -> None:
+        """Out of QEMU, if it is there."""
+        vm, self._vm = self._vm, None
+        if vm is not None:
+            if self._tracker is not None:
+                with suppress(CkptdError):
+                    self._tracker.stop()
+            try:
+                vm.let_go()
+            except CkptdError:  # it is not
+                vm.close()
+
+    # --- commands
+
+    def _answer(self, message: dict[str, Any], fds: list[int]) -> Answer:
+        match message.get("op"):
+            case "hello":
+                return {"pid": os.getpid(), "active": self._vm is not None}, [self._page_fd]
+            case "create":
+                self._create(QemuSpec.from_dict(message["params"]), message["gate_capacity"])
+            case "attach":
+                return self._attach(message["tracker"])
+            case "start":
+                self._chosen.start()
+            case "stop":
+                self._chosen.stop()
+            case "harvest":
+                tracker = self._chosen
+                return leave(tracker.harvest(), tracker.exact, self._exchange), []
+            case "pause":
+                return self._pause(), []
+            case "hold":
+                self._hold()
+            case "resume":
+                self._resume()
+                return None, []
+            case "quit":
+                self._quit()
+            case "end":
+                self._ended = True
+                self._leave()
+            case unknown:
+                raise GuestError(f"unknown command {unknown!r}")
+        return {}, []
+
+    def _create(self, spec: QemuSpec, capacity: int) -> None:
+        if self._vm is not None:
+            raise StateError("this process keeps a guest already")
+        self._vm, self._spec = _Vm(spec, capacity, self._head, self._noticed), spec
+        self._exchange_fd = make_file("ckptd-exchange", 8 * self._vm.geometry.pages)
+        self._exchange = map_file(self._exchange_fd)
+
+    def _attach(self, tracker: str) -> Answer:
+        vm = self._running
+        assert self._spec is not None
+        if self._tracker is not None:
+            self._tracker.stop()
+        for fd in self._opened:
+            os.close(fd)
+        addresses = [one.address for one in backends_of(vm.survey)]
+        assert None not in addresses  # else it was refused
+        self._tracker = process_tracker(tracker, vm.geometry, vm.pid, [at for at in addresses if at is not None])
+        about = make_file("ckptd-about", 0)
+        os.pwrite(about, describe(vm.survey), 0)
+        backing = [open_backing(vm.pid, one) for one in backends_of(vm.survey)]
+        self._opened = [about, *(fd for fd in backing if fd >= 0)]
+        reply = {
+            "params": self._spec.as_dict(), "run": vm.run, "pid": os.getpid(), "qemu": vm.pid,
+            "tracker": self._tracker.name, "mapped": [fd >= 0 for fd in backing],
+        }  # fmt: skip
+        own = [self._page_fd, self._attention, self._head_fd, vm.holder.wake, vm.state_fd, self._exchange_fd]
+        return reply, [*own, *self._opened]
+
+    def _pause(self) -> dict[str, Any]:
+        vm = self._running
+        self._paused = True
+        try:
+            vm.stop()
+            mark = vm.holder.mark()
+            return {"mark": mark, "bytes": vm.save()}
+        except BaseException:
+            self._resume()
+            raise
+
+    def _hold(self) -> None:
+        """The last word on a pause: it was one, and from here on nothing leaves that is not released."""
+        vm = self._running
+        vm.events()
+        if not self._paused or vm.meddled:
+            raise GuestError(
+                "somebody else let the guest go on while it was paused for a checkpoint: this epoch is void",
+                hint="let one program control this QEMU", pid=vm.pid,
+            )  # fmt: skip
+        if not vm.holder.holding:
+            vm.holder.hold()
+
+    def _resume(self) -> None:
+        self._paused = False
+        if self._vm is not None and not self._stalled:
+            self._vm.go()
+
+    def _quit(self) -> None:
+        """The guest was handed over: it must never run here again."""
+        vm, self._vm, self._ended = self._running, None, True
+        with suppress(GuestError):
+            vm.monitor.execute("quit")
+        vm.close()
+
+    @property
+    def _running(self) -> _Vm:
+        if self._vm is None:
+            raise StateError("this process keeps no guest yet")
+        return self._vm
+
+    @property
+    def _chosen(self) -> Tracker:
+        if self._tracker is None:
+            raise StateError("no tracker was chosen: attach first")
+        return self._tracker
+
+
+def _run_of(pid: int) -> bytes:
+    """16 bytes that only this run of this process has."""
+    started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return xxhash.xxh3_128_digest(f"{boot} {pid} {started}".encode())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Serve until the end."""
+
+    def run(listener: socket.socket, control: Path) -> None:
+        gc.freeze()  # what was imported is never garbage
+        QemuProcess(listener).run()
+
+    serve_until_end(run, "The keeper of a QEMU guest.", arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""QemuStandby: a warm QEMU over the replica's files, which takes the device state and goes on.
+
+It is made from the primary's own command line (cmdline.py), as soon as the first epoch is committed. First a rehearsal:
+the same QEMU over a private copy of the files takes the state, and is ended; so a machine that this host's QEMU does
+not know, a device that is missing or a file that is not here is found on the first day. Then the warm one, which waits
+with `-incoming defer` and never runs before it is promoted. One that dies is replaced.
+
+The state goes in through a pipe that QEMU is given: it may be forbidden to open paths or to start programs. A standby
+that was promoted belongs to nobody: it outlives this daemon, which finds it again by its pid file and monitor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from ckptd.errors import CkptdError, GuestError, StateError
+from ckptd.guests.base import Still
+from ckptd.guests.process.output import append
+from ckptd.guests.qemu.cmdline import Overrides, standby_command
+from ckptd.guests.qemu.qmp import Monitor, QmpError
+from ckptd.guests.qemu.ram import backends_of, geometry_of
+from ckptd.guests.qemu.state import decode
+from ckptd.guests.qemu.survey import Survey
+from ckptd.memory.regions import Geometry
+
+__all__ = ["QemuStandby"]
+
+_START = 20.0  # seconds until a QEMU that was started answers
+_LOAD = 60.0  # seconds until it has taken a state
+_AGAIN = 1.0  # seconds before one that died is replaced
+_END = 5.0
+_LOOK = 0.005
+
+T = TypeVar("T")
+
+
+class _Qemu:
+    """A QEMU of ours: its process, whoever started it, and its monitor."""
+
+    def __init__(self, pid: int, monitor: Monitor, process: subprocess.Popen[bytes] | None = None) -> None:
+        self.pid, self.monitor, self._process = pid, monitor, process
+        self.pidfd = os.pidfd_open(pid)
+
+    def alive(self) -> bool:
+        return not select.select([self.pidfd], [], [], 0)[0]
+
+    def load(self, devices: bytes, *, announce: bool) -> None:
+        """Give it a device state, and wait until it has taken it. `announce`: the network is told that the guest's
+        addresses are here now. Raises GuestError."""
+        monitor = self.monitor
+        if not announce:
+            monitor.execute("migrate-set-parameters", {"announce-rounds": 0})
+        reader, writer = os.pipe()
+        try:
+            monitor.execute("getfd", {"fdname": "state"}, [reader])
+        finally:
+            os.close(reader)
+        thread = threading.Thread(target=_write, args=(writer, devices), daemon=True)
+        thread.start()
+        monitor.execute("migrate-incoming", {"uri": "fd:state"})
+        until = time.monotonic() + _LOAD
+        while (left := until - time.monotonic()) > 0:
+            event = monitor.wait_event("MIGRATION", left)
+            status = event["data"]["status"] if event else "silent"
+            if status == "completed":
+                thread.join()
+                return
+            if status == "failed":
+                raise GuestError("QEMU has not accepted the device state", pid=self.pid)
+        raise GuestError(f"QEMU has not taken the device state within {_LOAD:g} s", pid=self.pid)
+
+    def kill(self) -> None:
+        self.monitor.close()
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        select.select([self.pidfd], [], [], _END)
+        self.leave()
+
+    def leave(self) -> None:
+        self.monitor.close()
+        if self._process is not None:
+            self._process.poll()
+        os.close(self.pidfd)
+
+
+class QemuStandby:
+    """The side that takes a QEMU guest over. The guest, once active, outlives this object and its daemon."""
+
+    kind = "qemu"
+
+    def __init__(self, name: str, runtime: Path, overrides: Overrides, output: Path | None = None) -> None:
+        self.name = name
+        self._runtime = runtime
+        self._overrides = overrides
+        self._output = output
+        self._qemu: _Qemu | None = None
+        self._active = False
+        self._plan: tuple[Survey, dict[str, str]] | None = None  # what to start, over which files
+        self._replacing: asyncio.Task[None] | None = None
+        self._lock = asyncio.Lock()  # one at a time works on the process
+        self._promoting = False
+        self.replaced = 0
+
+    @property
+    def active(self) -> bool:
+        return self._active
+
+    async def prepare(self) -> None:
+        """Find what an earlier daemon has left: a guest that runs goes on, a QEMU that only waits is ended."""
+        if self._qemu is None:
+            await asyncio.to_thread(self._find)
+
+    async def fit(self, geometry: Geometry, images: Sequence[int], state: bytes, still: Still) -> str:
+        async with self._lock:
+            try:
+                found = decode(state)
+                plan = self._planned(geometry, images, found.survey)
+                if plan == self._plan and self.alive():
+                    return ""
+                self._drop()
+                await self._rehearse(plan, still)
+                self._plan = plan
+                if not self._promoting:
+                    await self._warm()
+            except CkptdError as error:
+                return str(error)
+            return ""
+
+    async def activate(
+        self, geometry: Geometry, images: Sequence[int], state: bytes, held: bytes, released: int
+    ) -> None:
+        if self._active:
+            raise StateError("the guest runs on this side already", guest=self.name)
+        self._promoting = True
+        try:
+            async with self._lock:
+                found = decode(state)
+                plan = self._planned(geometry, images, found.survey)
+                if plan != self._plan or not self.alive():
+                    self._drop()
+                    self._plan = plan
+                    await self._warm()
+                if held and self._output is not None:
+                    append(self._output, held)
+                await self._work(lambda: self._go(found.devices))
+                self._active = True
+        finally:
+            self._promoting = False
+
+    async def detach(self) -> None:
+        """Leave the guest running if it is active; a QEMU that only waits is ended."""
+        if not self._active:
+            await self.end()
+        elif self._qemu is not None:
+            self._unwatch()
+            self._qemu.leave()
+            self._qemu = None
+
+    async def end(self) -> None:
+        self._plan = None
+        if self._replacing is not None:
+            self._replacing.cancel()
+            self._replacing = None
+        async with self._lock:
+            self._drop()
+        self._active = False
+
+    def alive(self) -> bool:
+        return self._qemu is not None and self._qemu.alive()
+
+    def facts(self) -> dict[str, object]:
+        return {
+            "prepared": self._qemu is not None, "active": self._active, "pid": self._qemu.pid if self._qemu else 0,
+            "replaced": self.replaced,
+        }  # fmt: skip
+
+    # --- the process
+
+    def _planned(self, geometry: Geometry, images: Sequence[int], survey: Survey) -> tuple[Survey, dict[str, str]]:
+        if geometry_of(survey) != geometry:
+            raise GuestError(f"the state is of a guest of {geometry_of(survey)}, the image of {geometry}")
+        paths = [os.readlink(f"/proc/self/fd/{fd}") for fd in images]
+        return survey, {one.id: path for one, path in zip(backends_of(survey), paths, strict=True)}
+
+    def _command(self, plan: tuple[Survey, dict[str, str]], monitor: Path) -> list[str]:
+        return standby_command(plan[0], ram_files=plan[1], monitor=str(monitor), overrides=self._overrides)
+
+    async def _rehearse(self, plan: tuple[Survey, dict[str, str]], still: Still) -> None:
+        """Would it take the state? Over a private mapping, silently, and touching no disk. Raises GuestError."""
+        monitor, log = self._runtime / "rehearsal.qmp", self._runtime / "rehearsal.log"
+        command = [_private(word) for word in self._command(plan, monitor)]
+        qemu = await self._work(lambda: self._start(command, plan[0], monitor, log))
+        try:
+            async with still() as state:  # a device state fits the memory of its own epoch only
+                devices = decode(state).devices
+                await self._work(lambda: qemu.load(devices, announce=False))
+        except GuestError as error:
+            raise GuestError(
+                f"{error.message}: {_tail(log)}",
+                hint="[guest.standby] in the secondary's file says what is otherwise on this host",
+            ) from error
+        finally:
+            qemu.kill()
+            monitor.unlink(missing_ok=True)
+
+    async def _warm(self) -> None:
+        assert self._plan is not None
+        plan, monitor = self._plan, self._runtime / "guest.qmp"
+        qemu = await self._work(
+            lambda: self._start(self._command(plan, monitor), plan[0], monitor, self._runtime / "qemu.log")
+        )
+        (self._runtime / "guest.pid").write_text(f"{qemu.pid}\n")
+        self._qemu = qemu
+        asyncio.get_running_loop().add_reader(qemu.pidfd, self._died)
+
+    def _start(self, command: list[str], survey: Survey, monitor: Path, log: Path) -> _Qemu:
+        """Start a QEMU that waits for a state. Raises GuestError with what it has said."""
+        monitor.unlink(missing_ok=True)
+        cwd = survey.cwd if Path(survey.cwd).is_dir() else self._runtime
+        try:
+            with log.open("wb") as out:
+                process = subprocess.Popen(
+                    command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+                )
+        except OSError as error:
+            raise GuestError(f"the standby's QEMU cannot be started: {error}") from error
+        until = time.monotonic() + _START
+        while True:
+            if process.poll() is not None:
+                raise GuestError(f"the standby's QEMU ended as it began: {_tail(log)}")
+            if monitor.exists():
+                with suppress(GuestError):
+                    made = Monitor(monitor)
+                    break
+            if time.monotonic() > until:
+                process.kill()
+                process.wait()
+                raise GuestError(f"the standby's QEMU does not answer within {_START:g} s: {_tail(log)}")
+            time.sleep(_LOOK)
+        qemu = _Qemu(process.pid, made, process)
+        try:
+            # Without events nobody says when it is done; disks are not touched before the guest goes on.
+            capabilities = [{"capability": name, "state": True} for name in ("events", "late-block-activate")]
+            made.execute("migrate-set-capabilities", {"capabilities": capabilities})
+        except BaseException:
+            qemu.kill()
+            raise
+        return qemu
+
+    def _go(self, devices: bytes) -> None:
+        """The guest goes on here."""
+        assert self._qemu is not None
+        self._qemu.load(devices, announce=True)
+        self._qemu.monitor.execute("cont")
+        with suppress(QmpError):  # the network hears where the guest is now; without it, with its first packet
+            rounds = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+            self._qemu.monitor.execute("announce-self", rounds)
+
+    def _find(self) -> None:
+        """What the pid file names, if it is ours."""
+        monitor = self._runtime / "guest.qmp"
+        try:
+            pid = int((self._runtime / "guest.pid").read_text())
+            if os.fsencode(monitor) not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return
+            qemu = _Qemu(pid, Monitor(monitor))
+        except (OSError, ValueError, GuestError):
+            return
+        status = qemu.monitor.execute("query-status")["status"]
+        if status in ("inmigrate", "prelaunch", "postmigrate"):
+            qemu.kill()
+        else:
+            self._qemu, self._active = qemu, True
+
+    def _died(self) -> None:
+        """Called when the process has ended."""
+        self._drop()
+        if not self._active and self._plan is not None and not self._promoting:
+            self.replaced += 1
+            self._replacing = asyncio.create_task(self._replace())
+
+    async def _replace(self) -> None:
+        while self._qemu is None and self._plan is not None:
+            await asyncio.sleep(_AGAIN)
+            async with self._lock:
+                if self._qemu is None and self._plan is not None and not self._active:
+                    with suppress(CkptdError):
+                        await self._warm()
+
+    def _unwatch(self) -> None:
+        if self._qemu is not None:
+            with suppress(RuntimeError):
+                asyncio.get_running_loop().remove_reader(self._qemu.pidfd)
+
+    def _drop(self) -> None:
+        if self._qemu is not None:
+            self._unwatch()
+            self._qemu.kill()
+            self._qemu = None
+            (self._runtime / "guest.pid").unlink(missing_ok=True)
+
+    async def _work(self, work: Callable[[], T]) -> T:
+        """In a thread, and to its end, whoever stops waiting for it."""
+        return await asyncio.shield(asyncio.to_thread(work))
+
+
+def _private(word: str) -> str:
+    return word.replace("share=on", "share=off") if word.startswith("memory-backend-file,") else word
+
+
+def _write(fd: int, data: bytes) -> None:
+    with suppress(BrokenPipeError), open(fd, "wb", buffering=0) as pipe:
+        view = memoryview(data)
+        while view:
+            view = view[pipe.write(view) :]
+
+
+def _tail(log: Path) -> str:
+    """The last that it has said."""
+    with suppress(OSError):
+        return " ".join(log.read_text(errors="replace").split()[-60:]) or "it said nothing"
+    return "it said nothing"
