@@ -12,8 +12,9 @@ __all__ = ["Advice", "Choice", "Rating", "advise"]
 
 Rating = Literal["recommended", "possible", "discouraged", "unavailable", "unknown"]
 
-# A userfaultfd with all rights; when the tracker asks for UFFD_USER_MODE_ONLY, "userfaultfd_user_mode" belongs here.
-_USERFAULTFD = ("userfaultfd_syscall", "userfaultfd_device")
+# Either will do: asynchronous write protection asks nothing of what UFFD_USER_MODE_ONLY lacks. The device file is no
+# help, as the descriptor must be made inside QEMU, by one system call.
+_USERFAULTFD = ("userfaultfd_user_mode", "userfaultfd_syscall")
 _ATTACH = ("ptrace", "pidfd_getfd", "process_vm_readv")
 
 

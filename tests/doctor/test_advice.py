@@ -128,11 +128,13 @@ def test_without_a_part_of_pagemap_soft_dirty_is_taken(missing: str) -> None:
 
 
 def test_one_way_to_a_userfaultfd_is_enough() -> None:
-    for name in ("userfaultfd_syscall", "userfaultfd_device"):
-        assert advise(machine(**{name: "no"}))["qemu"].recommended == "pagemap"
-    advice = advise(machine(userfaultfd_syscall="no", userfaultfd_device="no"))["qemu"]
+    """And one of user mode only is one; the device makes none inside QEMU."""
+    for names in (["userfaultfd_syscall", "userfaultfd_device"], ["userfaultfd_user_mode"], ["userfaultfd_device"]):
+        advice = advise(machine(**dict.fromkeys(names, "no")))["qemu"]
+        assert (advice.ready, advice.recommended, advice.cures) == ("yes", "pagemap", {})
+    advice = advise(machine(userfaultfd_syscall="no", userfaultfd_user_mode="no"))["qemu"]
     assert ratings(advice)["pagemap"] == "unavailable"
-    assert list(advice.cures) == ["userfaultfd_syscall", "userfaultfd_device"]
+    assert list(advice.cures) == ["userfaultfd_user_mode", "userfaultfd_syscall"]
 
 
 def test_without_any_tracker_a_qemu_cannot_be_protected() -> None:

@@ -81,7 +81,7 @@ def test_the_sysctl_is_read(tmp_path: Path, value: str, state: str) -> None:
     sysctl = tmp_path / "sysctl"
     sysctl.write_text(value + "\n")
     found = kernel.userfaultfd_unprivileged(sysctl)
-    assert (found.state, found.cure is None) == (state, state == "yes")
+    assert (found.state, found.cure) == (state, None)  # user mode is enough: no reason to loosen anything
 
 
 def test_a_sysctl_that_is_missing_or_cannot_be_read(tmp_path: Path, as_nobody: Any) -> None:
