@@ -48,7 +48,7 @@ class _NoGate:
 class StillGuest:
     """Implements Guest over memory that it is given."""
 
-    kind, vcpus = "sim", 1
+    kind, vcpus, opens_at_detach = "sim", 1, False
 
     def __init__(self, name: str, geometry: Geometry, memory: Memory) -> None:
         self.name, self.geometry, self.memory = name, geometry, memory

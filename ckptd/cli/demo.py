@@ -20,7 +20,7 @@ from ckptd.cli.common import Json, emit
 from ckptd.errors import CkptdError, ConfigError
 from ckptd.units import format_size, parse_size
 
-__all__ = ["demo"]
+__all__ = ["demo", "end_once", "machine_facts", "place_for"]
 
 _RUN_ON = 1.5  # seconds that the promoted guest runs before it is looked at
 _SPARE = 512 << 20  # of /dev/shm, beside the image
@@ -30,13 +30,14 @@ _DEFAULTS = {"sim": ("zipf", "256MiB"), "kvm": ("random", "64MiB")}  # workload 
 
 def demo(
     *,
-    guest: Literal["sim", "kvm"] = "sim",
+    guest: Literal["sim", "kvm", "qemu"] = "sim",
     seconds: float = 10.0,
     memory: str | None = None,
     workload: str | None = None,
     vcpus: int = 2,
     level: Literal["memory", "durable"] = "memory",
     seed: int | None = None,
+    network: Literal["auto", "tap", "user"] = "auto",
     keep: Annotated[bool, Parameter(negative=())] = False,
     as_json: Json = False,
 ) -> int:
@@ -45,19 +46,23 @@ def demo(
     Parameters
     ----------
     guest
-        The kind of guest: sim, a computer in miniature; kvm, a VM of this machine's KVM.
+        The kind of guest: sim, a computer in miniature; kvm, a VM of this machine's KVM; qemu, a small Linux in a stock
+        QEMU, which is attached to when it runs.
     seconds
         How long it is protected before its host dies.
     memory
-        The guest's memory: 256MiB for sim, 64MiB for kvm.
+        The guest's memory: 256MiB for sim, 64MiB for kvm, 512MiB for qemu.
     workload
-        What the guest does. sim: zipf, uniform, sequential, kv, idle, bursts. kvm: random, counter, patterns.
+        What the guest does. sim: zipf, uniform, sequential, kv, idle, bursts. kvm: random, counter, patterns. qemu: a
+        counter that a client asks.
     vcpus
         The guest's virtual processors.
     level
         When an epoch counts as safe: in the secondary's memory, or on its disk.
     seed
         Of the guest and of the moment of death; random without it.
+    network
+        Of a qemu guest: tap devices on a bridge in a namespace of its own, which needs root, or QEMU's user networking.
     keep
         Leave files and logs behind.
     """
@@ -66,16 +71,21 @@ def demo(
 
     if not 0 < seconds <= 86400:
         raise ConfigError(f"--seconds {seconds:g} is not between 0 and a day")
+    if guest == "qemu":
+        from ckptd.cli.demo_qemu import demo_qemu
+
+        if (workload, vcpus, level) != (None, 2, "memory"):
+            raise ConfigError("a qemu guest takes no --workload, --vcpus or --level")
+        return demo_qemu(seconds, memory or "512MiB", seed, network, keep, as_json)
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     usual_workload, usual_memory = _DEFAULTS[guest]
     size, workload = parse_size(memory or usual_memory), workload or usual_workload
     if (guest, workload) == ("kvm", "kv"):
         raise ConfigError("the kv program waits for requests on its console: the demo has none for it")
     setting = Setting(memory=size, kind=guest, workload=workload, vcpus=vcpus, seed=seed, level=level)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end_once)
+    end_once()
     directory = Path(tempfile.mkdtemp(prefix="ckptd-demo-"))
-    replicas = _place(size, level, directory)
+    replicas = place_for(size, level, directory)
     pair = Pair(setting, directory, replicas, random.Random(seed))
     try:
         report = _play(pair, seconds)
@@ -169,7 +179,7 @@ def _play(pair: Any, seconds: float) -> Report:
         outputs_lost=len(proof.outputs.lost), outputs_contradicted=len(proof.outputs.contradicted),
         outputs_wrong=len(proof.outputs.wrong),
         digest=proof.memory.digest, expected_digest=proof.memory.expected_digest, digest_equal=proof.digest_equal,
-        state_equal=proof.state_equal, machine=_machine(),
+        state_equal=proof.state_equal, machine=machine_facts(),
     )  # fmt: skip
 
 
@@ -208,14 +218,19 @@ def _shown(report: Report) -> Table:
     return table
 
 
-def _end_once(number: int, _: object) -> None:
-    """Unwind, which ends all that was started; whoever is impatient must not interrupt that."""
-    for one in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(one, signal.SIG_IGN)
-    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+def end_once() -> None:
+    """A signal unwinds, which ends all that was started; whoever is impatient must not interrupt that."""
+
+    def end(number: int, _: object) -> None:
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
 
 
-def _place(size: int, level: str, directory: Path) -> Path:
+def place_for(size: int, level: str, directory: Path) -> Path:
     """The replica's directory: in memory where that has room, and where "durable" need not mean a disk."""
     memory = Path("/dev/shm")
     if level == "memory" and memory.is_dir() and os.access(memory, os.W_OK):
@@ -227,7 +242,7 @@ def _place(size: int, level: str, directory: Path) -> Path:
     return place
 
 
-def _machine() -> dict[str, object]:
+def machine_facts() -> dict[str, object]:
     """What the figures were measured on."""
     import psutil
 

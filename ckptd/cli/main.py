@@ -24,6 +24,7 @@ COMMANDS = {
     "promote": "Failover: resume the guest from the replica on this secondary.",
     "switchover": "Move a protected guest to its secondary, on purpose and without loss.",
     "checkpoint": "Take a checkpoint now and wait until it is acknowledged.",
+    "detach": "End the protection of a guest, which is left running.",
     "verify": "Hash the guest's memory and the replica's image at one epoch, and compare.",
     "history": "The committed epochs that a secondary still has.",
     "restore": "Write a guest's memory and state as they were at an epoch to a directory.",

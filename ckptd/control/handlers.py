@@ -17,7 +17,7 @@ Handlers = tuple[dict[str, Handler], dict[str, Handler]]
 
 
 def primary_handlers(daemon: PrimaryDaemon) -> Handlers:
-    """Questions and wishes of a primary: status; checkpoint, verify, switchover."""
+    """Questions and wishes of a primary: status; checkpoint, verify, switchover, detach."""
 
     async def status(_: Mapping[str, Any]) -> dict[str, Any]:
         return daemon.status()
@@ -30,7 +30,11 @@ def primary_handlers(daemon: PrimaryDaemon) -> Handlers:
 
         return handler
 
-    return {"status": status}, {kind: at_next_epoch(kind) for kind in ("checkpoint", "verify", "switchover")}
+    async def detach(_: Mapping[str, Any]) -> dict[str, Any]:
+        return await daemon.detach()
+
+    wishes = {kind: at_next_epoch(kind) for kind in ("checkpoint", "verify", "switchover")}
+    return {"status": status}, {**wishes, "detach": detach}
 
 
 def secondary_handlers(daemon: SecondaryDaemon) -> Handlers:

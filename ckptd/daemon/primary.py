@@ -74,6 +74,7 @@ class PrimaryDaemon:
         self._verified: deque[asyncio.Future[bytes]] = deque()
         self._promoted: asyncio.Future[PromotedThere] | None = None
         self._stopping = False
+        self._left = asyncio.Event()
         self.handed_over = False
         self.acknowledged_epoch = 0
         self.acknowledged_at = 0.0
@@ -104,8 +105,17 @@ class PrimaryDaemon:
                 asyncio.get_running_loop().remove_reader(fd)
             await self._leave()
 
+    async def detach(self) -> dict[str, Any]:
+        """Stop, and tell what has become of the guest."""
+        if not self._attached:
+            raise StateError("no guest is attached", guest=self.guest.name)
+        opens = self.guest.opens_at_detach
+        self.stop()
+        await self._left.wait()
+        return {"guest": self.guest.name, "epoch": self.acknowledged_epoch, "output_flows": opens}
+
     def stop(self) -> None:
-        """End cleanly: the guest is left running, what it says stays held."""
+        """End cleanly: the guest is left running. What it says stays held, unless its kind lets go of it."""
         self._stopping = True
         self._wake.set()
         asyncio.get_running_loop().call_later(_FAREWELL, self._give_up)
@@ -169,6 +179,7 @@ class PrimaryDaemon:
             await self.guest.end()
         elif self.guest.alive():
             await self.guest.detach()
+        self._left.set()
 
     async def _fence(self, error: Fenced) -> None:
         """A higher term exists: nothing leaves from here any more, and the guest stands still (P3)."""
@@ -244,6 +255,8 @@ class PrimaryDaemon:
         while True:
             await self._until_due(link, machine)
             if self._stopping:
+                if self.guest.opens_at_detach:
+                    await self._last_epoch(link, machine)
                 link.send(machine.bye("the primary ends; the guest goes on unprotected"))
                 await link.room(0)
                 return
@@ -255,6 +268,13 @@ class PrimaryDaemon:
                 self.pacer.started(time.monotonic_ns())
                 await self.ship(link, machine)
             self._calm()
+
+    async def _last_epoch(self, link: Link, machine: PrimaryMachine) -> None:
+        """What the guest has said until now becomes safe, before a detach lets go of it in any case."""
+        flight = await self.ship(link, machine)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FAREWELL):
+                await self.wait_acknowledged(flight.epoch, link)
 
     async def ship(self, link: Link, machine: PrimaryMachine, *, final: bool = False, stay: bool = False) -> Flight:
         """One epoch up to its COMMIT; see Shipper.epoch."""

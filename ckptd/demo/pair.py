@@ -24,7 +24,7 @@ from ckptd.demo.children import Child, ChildFailed, guest_pid, kill_guest
 from ckptd.demo.proof import Proof, prover_of
 from ckptd.errors import Unreachable
 
-__all__ = ["Killed", "Moment", "Pair", "Setting", "Watch"]
+__all__ = ["Killed", "Moment", "Pair", "Setting", "Watch", "free_port", "write_toml"]
 
 Watch = Callable[[dict[str, Any] | None, dict[str, Any] | None], None]
 """Is shown both statuses now and then: the primary's, and the secondary's of the guest; None where nobody answers."""
@@ -83,7 +83,7 @@ class Pair:
         self._files = directory / "primary.toml", directory / "secondary.toml"
         self.primary = Child("primary", self._files[0], self._here / "primary.sock", directory / "primary.log")
         self.secondary = Child("secondary", self._files[1], self._there / "secondary.sock", directory / "secondary.log")
-        self._port = _free_port()
+        self._port = free_port()
         self.prover = prover_of(setting.kind)
         self.last: dict[str, Any] = {}
         self.killed: Killed | None = None
@@ -286,7 +286,7 @@ class Pair:
 
     def _write_files(self) -> None:
         one, address = self.setting, f"127.0.0.1:{self._port}"
-        self._files[0].write_text(_toml({
+        self._files[0].write_text(write_toml({
             "guest": {
                 "name": _GUEST, "kind": one.kind, "memory": f"{one.memory}B", "vcpus": one.vcpus,
                 "workload": one.workload, "seed": one.seed, "tracker": one.tracker, "dirty_rate": one.rate,
@@ -300,7 +300,7 @@ class Pair:
             },
             "runtime": {"dir": str(self._here)},
         }))  # fmt: skip
-        self._files[1].write_text(_toml({
+        self._files[1].write_text(write_toml({
             "listen": {"address": address},
             "replica": {
                 "dir": str(self.replicas), "history": one.history, "history_bytes": "128MiB", "reserve": "32MiB",
@@ -315,15 +315,22 @@ class Pair:
         return asdict(self.setting)
 
 
-def _toml(sections: dict[str, dict[str, object]]) -> str:
-    """A JSON string or number is TOML's, too."""
+def write_toml(sections: dict[str, dict[str, object]]) -> str:
+    """The sections of a file. A JSON string, number or list is TOML's, too."""
+
+    def written(value: object) -> str:
+        if isinstance(value, dict):
+            return "{ " + ", ".join(f"{json.dumps(key)} = {json.dumps(one)}" for key, one in value.items()) + " }"
+        return json.dumps(value)
+
     return "\n".join(
-        f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+        f"[{name}]\n" + "".join(f"{key} = {written(value)}\n" for key, value in keys.items())
         for name, keys in sections.items()
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -112,8 +112,12 @@ class Guest(Protocol):
 
     def alive(self) -> bool: ...
 
+    @property
+    def opens_at_detach(self) -> bool:
+        """`detach` lets go of what is held, and nothing holds anything back afterwards; False: it stays held."""
+
     async def detach(self) -> None:
-        """Leave it running, the gate as it is."""
+        """Leave it running; its gate as `opens_at_detach` says."""
 
     async def end(self) -> None:
         """End the guest."""

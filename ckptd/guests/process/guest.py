@@ -63,6 +63,7 @@ class ProcessGuest(Generic[D, G]):
     """One guest; `attach` before anything else."""
 
     kind: ClassVar[str]
+    opens_at_detach: ClassVar[bool] = False
     module: ClassVar[str]
     """What `python -m` runs as the guest's process."""
 

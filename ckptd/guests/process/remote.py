@@ -19,10 +19,11 @@ __all__ = ["RemoteTracker", "leave"]
 class RemoteTracker:
     """The daemon's side. `exchange`: where the process leaves the gfns of a harvest."""
 
-    needs_pause = False
-
-    def __init__(self, name: str, link: GuestLink, exchange: npt.NDArray[np.uint8]) -> None:
+    def __init__(
+        self, name: str, link: GuestLink, exchange: npt.NDArray[np.uint8], *, needs_pause: bool = False
+    ) -> None:
         self.name = name
+        self.needs_pause = needs_pause
         self.exact = False
         self._link = link
         self._gfns = exchange[: len(exchange) // 8 * 8].view(np.int64)

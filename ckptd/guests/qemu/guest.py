@@ -38,6 +38,7 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
     """`tracker`: "auto", "pagemap" or "soft-dirty". Its geometry is known once it is attached."""
 
     kind = "qemu"
+    opens_at_detach = True  # the VM was there before us, and its network flows when we are gone
     module = "ckptd.guests.qemu.process"
 
     def __init__(
@@ -103,7 +104,11 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
                 assert one.address is not None
                 memory.append(PrivateRam(self._qemu_pid, one.address, one.size // PAGE_SIZE, one.id))
         gate = QemuGate(map_file(head), self._wake_fd)
-        return gate, RemoteTracker(reply["tracker"], link, map_file(exchange, writable=False)), cast(Memory, memory)
+        # A disk that is read past the page cache counts as a write when the read begins, and its data comes later: only
+        # `stop`, which waits for what disks have under way, leaves nothing of that to be missed.
+        drained = reply["needs_pause"] or any(one.inserted for one in survey.disks)
+        tracker = RemoteTracker(reply["tracker"], link, map_file(exchange, writable=False), needs_pause=drained)
+        return gate, tracker, cast(Memory, memory)
 
     async def pause(self) -> None:
         now = self._now
