@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,10 +17,10 @@ __all__ = ["bench"]
 
 
 def bench(
-    what: Annotated[Literal["all", "link", "epoch", "harvest"], Parameter()] = "all",
+    what: Annotated[Literal["all", "link", "epoch", "harvest", "qemu"], Parameter()] = "all",
     *,
     memory: str | None = None,
-    seconds: float = 60.0,
+    seconds: float | None = None,
     rounds: int | None = None,
     batch: str = "4MiB",
     pages: int = 1000,
@@ -39,11 +40,12 @@ def bench(
     ----------
     what
         link: the first image beside a plain TCP pair. epoch: steady protection, 1,000 dirty pages in each epoch.
-        harvest: a harvest of KVM's dirty log beside the bare ioctls and the cheapest scan, for each tracker.
+        harvest: a harvest of KVM's dirty log beside the bare ioctls and the cheapest scan, for each tracker. qemu: a
+        Linux in stock QEMU, alone, protected and promoted; some minutes.
     memory
         Of the guest: 2GiB for link, 1GiB for epoch; 64MiB,1GiB,16GiB,64GiB for harvest.
     seconds
-        How long epoch runs.
+        How long epoch (60) and each part of qemu (10) runs.
     rounds
         How often link (5) and harvest (15, more with few pages) alternate between the bare peer and ours.
     batch
@@ -78,11 +80,15 @@ def bench(
         from ckptd.bench.epoch import bench_epoch
 
         results.append(bench_epoch(
-            memory_bytes=parse_size(memory or "1GiB"), pages=pages, seconds=seconds, interval_ms=interval,
+            memory_bytes=parse_size(memory or "1GiB"), pages=pages, seconds=seconds or 60.0, interval_ms=interval,
             tracker=tracker, level=level, encoding=encoding, sizes=(256 << 20, 4 << 30) if sizes else (), say=_say,
         ))  # fmt: skip
     if what == "harvest" or (what == "all" and _harvest_runs_here()):
         results.append(_harvest(None if what == "all" else memory, dirty, rounds, plot, markdown))
+    if what == "qemu" or (what == "all" and shutil.which("qemu-system-x86_64")):
+        from ckptd.bench.qemu import bench_qemu
+
+        results.append(bench_qemu(seconds=seconds or 10.0, say=_say))
     emit(results[0] if what != "all" else {"results": results}, as_json, lambda _: _table(results))
 
 
@@ -139,6 +145,14 @@ def _table(results: list[dict[str, Any]]) -> Any:
 
             for line in lines(result):
                 table.add_row(*line)
+            continue
+        if result["bench"] == "qemu":
+            for key, limit in result["limits"].items():
+                table.add_row("qemu", key, f"{result[key]}", f"at most {limit}")
+            for key in ("bare_pause_ms_p50", "epochs_per_second", "epochs_per_second_at_40", "dirty_pages"):
+                table.add_row("", key, f"{result[key]}", "")
+            for key in ("slowdown", "response_ms", "promote_large_ms"):
+                table.add_row("", key, ", ".join(f"{name}: {value}" for name, value in result[key].items()), "")
             continue
         for key, limit in result["limits"].items():
             table.add_row("epoch", key, f"{result[key]}", f"at most {limit}")

@@ -86,6 +86,10 @@ class Child:
             return int(next(line for line in lines if line.startswith("RssAnon:")).split()[1]) << 10
         return 0
 
+    def reload(self) -> None:
+        """Take over what its file says now (SIGHUP)."""
+        self._signal(signal.SIGHUP)
+
     def freeze(self) -> None:
         """Stop it where it is (SIGSTOP)."""
         self._signal(signal.SIGSTOP)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,21 @@ class QemuPair:
         self.primary.kill()
         if keeper:
             kill_guest(self._here)
+
+    def set_interval(self, milliseconds: int) -> None:
+        """Epochs of another length from now on."""
+        self.setting = replace(self.setting, interval_ms=milliseconds)
+        self._write_files()
+        self.primary.reload()
+
+    def kill_standby(self) -> None:
+        """SIGKILL to the QEMU that waits."""
+        kill_guest(self._there / _GUEST)
+
+    @property
+    def monitor(self) -> Path:
+        """The socket of QEMU's monitor, which is ckptd's while it is attached."""
+        return self._qmp
 
     def restart_primary(self) -> None:
         self.primary.start()

@@ -129,6 +129,26 @@ def test_a_full_vector_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not tracker.harvest()
 
 
+def test_a_walk_that_tells_an_earlier_end_is_put_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel does now and then, in a long walk beside a guest that writes."""
+    with tracked("private") as (target, tracker):
+        target.write(0, 1, [5, 600, 1299])
+        real, calls = userfaultfd.walk_from, 0
+
+        def walk(pagemap: int, argument: bytearray, start: int, end: int) -> tuple[int, int]:
+            nonlocal calls
+            count, ended = real(pagemap, argument, start, end)
+            if start != target.addresses[1]:
+                return count, ended
+            calls += 1
+            target.write(0, 1, [700, 1299])
+            return count, start + 500 * PAGE
+
+        monkeypatch.setattr(userfaultfd, "walk_from", walk)
+        assert tracker.harvest() == ram(5, 600, 700, 1299)
+        assert calls == 1
+
+
 def test_start_again_drops_and_attaches_no_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with tracked("private") as (target, tracker):
         monkeypatch.setattr(pagemap, "take_userfaultfd", lambda pid: pytest.fail("attached again"))

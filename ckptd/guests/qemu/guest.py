@@ -131,7 +131,7 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
         if not now.paused:
             raise StateError("the guest is not paused", guest=self.name)
         now.paused = False
-        now.link.tell({"op": "resume"})
+        await now.link.ask_soon({"op": "resume"})  # a pause lasts until QEMU has let the guest go on
 
     def read_pages(self, region: int, gfns: Gfns, out: npt.NDArray[np.uint8]) -> None:
         memory: object = self._now.memory[region]

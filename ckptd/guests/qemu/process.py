@@ -277,7 +277,6 @@ class QemuProcess:
                 self._hold()
             case "resume":
                 self._resume()
-                return None, []
             case "quit":
                 self._quit()
             case "end":
@@ -310,7 +309,8 @@ class QemuProcess:
         self._opened = [about, *(fd for fd in backing if fd >= 0)]
         reply = {
             "params": self._spec.as_dict(), "run": vm.run, "pid": os.getpid(), "qemu": vm.pid,
-            "tracker": self._tracker.name, "needs_pause": self._tracker.needs_pause, "mapped": [fd >= 0 for fd in backing],
+            "tracker": self._tracker.name, "needs_pause": self._tracker.needs_pause,
+            "mapped": [fd >= 0 for fd in backing],
         }  # fmt: skip
         own = [self._page_fd, self._attention, self._head_fd, vm.holder.wake, vm.state_fd, self._exchange_fd]
         return reply, [*own, *self._opened]
