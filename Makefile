@@ -4,11 +4,11 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench soak lock clean
+.PHONY: help setup demo demo-guest test check bench soak lock clean
 
 help:  ## print the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
-	    printf '  make %-8s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
+	    printf '  make %-10s %s\n' "$$name" "$$what"; done
 
 setup: $(STAMP)  ## make .venv with the locked packages and ckptd in it
 
@@ -34,6 +34,14 @@ system:
 
 demo: setup system  ## see it work: two daemons, a guest, a killed primary; 10 seconds
 	$(BIN)/ckptd demo --seconds 10
+
+# Nothing of the guest is installed here, so root is needed for QEMU and the assembler only.
+demo-guest: setup system  ## build the small Linux guest that the qemu demo runs, from Debian packages
+	@if ! command -v qemu-system-x86_64 >/dev/null; then \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	        apt-get update -qq && apt-get install -y -qq --no-install-recommends qemu-system-x86; \
+	    else echo "the guest can be built but not run here: install qemu-system-x86" >&2; fi; fi
+	$(BIN)/python -m ckptd.demo.linux
 
 test: setup system  ## run the tests
 	$(BIN)/pytest -q
