@@ -168,6 +168,6 @@ def _open_guest(runtime: Path) -> tuple[int, int]:
 
 def _is_guest(command: Sequence[bytes], runtime: Path) -> bool:
     """A process of ours that keeps a guest, or a QEMU that a secondary has started."""
-    ours = any(word.startswith(b"ckptd.guests.") and word.endswith(b".process") for word in command)
+    keeps = b"--control" in command and os.fsencode(runtime / "guest.sock") in command
     monitor = os.fsencode(runtime / "guest.qmp")
-    return (ours and os.fsencode(runtime / "guest.sock") in command) or any(monitor in word for word in command)
+    return keeps or any(monitor in word for word in command)

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from ckptd.guests.qemu.qmp import Monitor, QmpError
 
-__all__ = ["insert", "remove"]
+__all__ = ["insert", "is_ours", "remove"]
 
 _FILTER, _OUT, _BACK = "ckptd-gate-", "ckptd-out-", "ckptd-back-"
 _BUFFER = 4 << 20  # bytes of a socket: what QEMU can write without waiting for the holder
@@ -31,6 +31,10 @@ def insert(monitor: Monitor, netdevs: Sequence[str]) -> list[tuple[str, socket.s
     return made
 
 
+def is_ours(chardev: str) -> bool:
+    return chardev.startswith((_OUT, _BACK))
+
+
 def remove(monitor: Monitor) -> int:
     """Every filter of ours, whoever put it in; how many there were. While the guest is stopped: or packets pass by."""
     objects = [one["name"] for one in monitor.execute("qom-list", {"path": "/objects"})]
@@ -38,7 +42,7 @@ def remove(monitor: Monitor) -> int:
     for name in ours:
         monitor.execute("object-del", {"id": name})
     for one in monitor.execute("query-chardev"):
-        if one["label"].startswith((_OUT, _BACK)):
+        if is_ours(one["label"]):
             with suppress(QmpError):  # busy, if somebody else uses it: it does no harm
                 monitor.execute("chardev-remove", {"id": one["label"]})
     return len(ours)

@@ -16,6 +16,9 @@ The head is in memory that the daemon maps, so that a release is two stores and 
 
 A gate that is full cannot make QEMU wait: its main loop, which also answers the monitor, would stand still, and nobody
 could be released any more. So it takes what comes, and has the guest stopped (process.py): it never drops.
+
+While the guest stands QEMU keeps what it is given until the guest goes on, but no more than its queue holds, and drops
+what is beyond that: so the others wait here.
 """
 
 from __future__ import annotations
@@ -39,9 +42,10 @@ __all__ = ["GATE_BYTES", "Holder", "QemuGate"]
 GATE_BYTES = 4096
 
 _WRITTEN, _WANTED, _RELEASED, _HELD, _FULL, _HOLDING = range(0, 48, 8)
-_READ = 1 << 18
+_READ = 1 << 16
 _LENGTH = struct.Struct(">I")
 _MOST = 1 << 20  # bytes of a packet; QEMU sends at most 69,632
+_QUEUE = 5000  # packets; a QEMU whose guest stands keeps 10,000 for each netdev, and drops the others
 
 
 class QemuGate:
@@ -94,13 +98,14 @@ class _Lane:
         for sock in (out, back):
             sock.setblocking(False)
         self.partial = bytearray()
-        self.waiting: deque[tuple[int, bytes]] = deque()  # the number of the last packet in it, and packets
-        self.leaving: deque[memoryview] = deque()
-        self.held_bytes = 0
+        self.waiting: deque[tuple[int, int, bytes]] = deque()  # number of the last packet, how many, and packets
+        self.leaving: deque[tuple[int, memoryview]] = deque()  # how many packets, and what is left of them
+        self.waiting_bytes = self.leaving_bytes = 0
+        self.allowed = _QUEUE
         self.open = True
 
-    def take(self) -> tuple[int, bytes]:
-        """Read what is there: how many whole packets, and these."""
+    def take(self, written: int) -> int:
+        """Read what is there, numbered from `written` + 1 on; the number of the last whole packet."""
         while self.open:
             try:
                 data = self.out.recv(_READ)
@@ -111,6 +116,10 @@ class _Lane:
             if not data:
                 self.open = False
             self.partial += data
+            written = self._cut(written)
+        return written
+
+    def _cut(self, written: int) -> int:
         count = at = 0
         size, packets = len(self.partial), self.partial
         while at + _LENGTH.size <= size:
@@ -121,28 +130,42 @@ class _Lane:
                 break
             at += _LENGTH.size + length
             count += 1
-        whole = bytes(packets[:at])
-        del packets[:at]
-        self.held_bytes += at
-        return count, whole
+        if count:
+            self.waiting.append((written + count, count, bytes(packets[:at])))
+            self.waiting_bytes += at
+            del packets[:at]
+        return written + count
 
-    def push(self) -> None:
-        """As much to QEMU as it takes now."""
-        while self.leaving:
-            piece = self.leaving[0]
+    def let_go(self, wanted: int) -> None:
+        """Whatever is numbered up to `wanted` may leave."""
+        while self.waiting and self.waiting[0][0] <= wanted:
+            _, count, packets = self.waiting.popleft()
+            self.leaving.append((count, memoryview(packets)))
+            self.waiting_bytes -= len(packets)
+            self.leaving_bytes += len(packets)
+
+    def can_push(self, standing: bool) -> bool:
+        return bool(self.leaving) and (not standing or self.leaving[0][0] <= self.allowed)
+
+    def push(self, standing: bool) -> None:
+        """As much to QEMU as it takes now, and keeps."""
+        while self.can_push(standing):
+            count, piece = self.leaving[0]
             try:
                 sent = self.back.send(piece)
             except BlockingIOError:
                 return
             except OSError:  # QEMU is gone, and with it whoever could take it
                 self.leaving.clear()
-                self.held_bytes = sum(len(data) for _, data in self.waiting)
+                self.leaving_bytes = 0
                 return
-            self.held_bytes -= sent
+            self.leaving_bytes -= sent
+            if standing:
+                self.allowed -= count
             if sent == len(piece):
                 self.leaving.popleft()
-            else:
-                self.leaving[0] = piece[sent:]
+            else:  # of a packet that is on its way, the rest must follow
+                self.leaving[0] = (0 if standing else count), piece[sent:]
 
 
 class Holder:
@@ -156,7 +179,7 @@ class Holder:
         self._lock = threading.Lock()
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.trouble = ""
-        self._ended = False
+        self._ended = self._standing = False
         self._thread = threading.Thread(target=self._run, name="gate", daemon=True)
         self._thread.start()
 
@@ -180,6 +203,19 @@ class Holder:
             self._take()
             self._head[_HOLDING] = 1
 
+    def stand(self) -> None:
+        """The guest stands: from here on QEMU has a queue to fill."""
+        with self._lock:
+            self._standing = True
+            for lane in self._lanes:
+                lane.allowed = _QUEUE
+
+    def go(self) -> None:
+        """The guest runs: QEMU passes on what it is given."""
+        with self._lock:
+            self._standing = False
+        os.eventfd_write(self.wake, 1)
+
     def mark(self) -> int:
         """With the guest stopped: the number of the last packet that it has sent."""
         with self._lock:
@@ -193,10 +229,15 @@ class Holder:
             self._take()
 
     def drained(self) -> bool:
-        """QEMU has taken everything that was let go."""
+        """QEMU has taken everything that was let go, or all that it has room for."""
         with self._lock:
             self._take()
-            return all(not lane.leaving and not _unread(lane.back) for lane in self._lanes)
+            return all(not lane.can_push(self._standing) and not _unread(lane.back) for lane in self._lanes)
+
+    @property
+    def leaving_bytes(self) -> int:
+        """What was let go, and QEMU has not taken yet."""
+        return sum(lane.leaving_bytes for lane in self._lanes)
 
     def lost(self) -> Sequence[str]:
         """Devices whose filter QEMU has taken away."""
@@ -209,19 +250,20 @@ class Holder:
         for lane in self._lanes:
             lane.out.close()
             lane.back.close()
+        os.close(self.wake)
 
     # --- the thread
 
     def _run(self) -> None:
         while not self._ended:
             with self._lock:
-                lanes = list(self._lanes)
+                lanes, standing = list(self._lanes), self._standing
             poll = select.poll()
             poll.register(self.wake, select.POLLIN)
             for lane in lanes:
                 if lane.open:
                     poll.register(lane.out, select.POLLIN)
-                if lane.leaving:
+                if lane.can_push(standing):
                     poll.register(lane.back, select.POLLOUT)
             poll.poll()
             with suppress(BlockingIOError):
@@ -239,24 +281,23 @@ class Holder:
         head = self._head
         written = int(head[_WRITTEN])
         for lane in self._lanes:
-            count, packets = lane.take()
-            if count:
-                written += count
-                lane.waiting.append((written, packets))
-        head[_WRITTEN] = written
+            head[_WRITTEN] = written = lane.take(written)
         if not head[_HOLDING]:
             head[_WANTED] = written
         wanted = int(head[_WANTED])
-        held = 0
         for lane in self._lanes:
-            while lane.waiting and lane.waiting[0][0] <= wanted:
-                lane.leaving.append(memoryview(lane.waiting.popleft()[1]))
-            lane.push()
-            held += lane.held_bytes
+            lane.let_go(wanted)
+            lane.push(self._standing)
         head[_RELEASED] = wanted
-        head[_HELD] = held
-        # Half of it must be free again before the guest goes on: or it would stop after every packet.
-        full = held > (self._capacity // 2 if head[_FULL] else self._capacity)
+        waiting, leaving = sum(lane.waiting_bytes for lane in self._lanes), self.leaving_bytes
+        head[_HELD] = waiting + leaving
+        # Half of it must be free again before the guest goes on: or it would stop after every packet. What QEMU takes
+        # only while the guest runs is no reason to have it stand.
+        if head[_FULL]:
+            stuck = self._standing and not any(lane.can_push(True) for lane in self._lanes)
+            full = waiting > self._capacity // 2 or (leaving > self._capacity and not stuck)
+        else:
+            full = waiting > self._capacity or leaving > 2 * self._capacity
         if full != bool(head[_FULL]):
             head[_FULL] = full
             self._notice()

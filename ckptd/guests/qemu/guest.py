@@ -92,6 +92,7 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
 
     def _parts(self, link: GuestLink, reply: dict[str, Any], fds: list[int]) -> tuple[QemuGate, Tracker, Memory]:
         head, wake, state, exchange, about, *backing = fds
+        self._close_fds()
         self._about = read_file(about)
         self._survey = survey = Survey.from_dict(msgpack.unpackb(self._about))
         self._state_fd, self._wake_fd = os.dup(state), os.dup(wake)
@@ -160,8 +161,13 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
         finally:
             await attached.link.end()
             attached.close()
-            for fd in (self._state_fd, self._wake_fd):
+            self._close_fds()
+
+    def _close_fds(self) -> None:
+        for fd in (self._state_fd, self._wake_fd):
+            if fd >= 0:
                 os.close(fd)
+        self._state_fd = self._wake_fd = -1
 
     def _facts(self, now: Attached[QemuGate] | None) -> dict[str, object]:
         facts: dict[str, object] = {"qmp": str(self.params.qmp)}

@@ -12,167 +12,39 @@ RAM while it is saved is not missed.
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import os
 import socket
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from ckptd.errors import CkptdError, GuestError, StateError
 from ckptd.guests.process.remote import leave
 from ckptd.guests.process.server import Answer, GuestServer, serve_until_end
 from ckptd.guests.process.shared import ControlPage, make_file, map_file
-from ckptd.guests.qemu import filters
-from ckptd.guests.qemu.gate import GATE_BYTES, Holder
-from ckptd.guests.qemu.qmp import Monitor
-from ckptd.guests.qemu.ram import backends_of, geometry_of, open_backing
-from ckptd.guests.qemu.refusals import refusals
+from ckptd.guests.qemu.gate import GATE_BYTES
+from ckptd.guests.qemu.ram import backends_of, open_backing
 from ckptd.guests.qemu.spec import QemuSpec
 from ckptd.guests.qemu.state import describe
-from ckptd.guests.qemu.survey import Survey, survey
-from ckptd.memory.regions import Geometry
+from ckptd.guests.qemu.vm import STOPPED_BYTES, Vm
 from ckptd.trackers.base import Tracker
 from ckptd.trackers.process import process_tracker
 
 __all__ = ["QemuProcess", "main"]
 
 _LOOK = 0.5  # seconds between two looks at nothing in particular
-_LET_GO = 2.0  # seconds for QEMU to take what is released at the end
-_SAVE = "xen-save-devices-state"
-
-
-class _Asking:
-    """The monitor as the survey asks it."""
-
-    def __init__(self, monitor: Monitor) -> None:
-        self._monitor = monitor
-
-    async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        return self._monitor.execute(command, arguments)
-
-    async def human(self, line: str) -> str:
-        return self._monitor.human(line)
-
-
-class _Vm:
-    """A QEMU that is attached to: what it is, and all that we have of it."""
-
-    def __init__(self, spec: QemuSpec, capacity: int, head: np.ndarray[Any, np.dtype[np.uint8]], notice: int) -> None:
-        self.monitor = Monitor(spec.qmp)
-        try:
-            self.pid = self.monitor.peer_pid
-            self.pidfd = os.pidfd_open(self.pid)
-            self.survey: Survey = asyncio.run(survey(_Asking(self.monitor), self.pid))
-            if why := refusals(self.survey, disks=spec.disks, ignore_blocks=spec.ignore_ram):
-                raise GuestError("this QEMU cannot be protected: " + "; ".join(why), pid=self.pid)
-            if _SAVE not in self.survey.commands:
-                raise GuestError(f"this QEMU ({self.survey.version}) has no {_SAVE}", hint="use QEMU 7.2 or newer")
-            self.geometry: Geometry = geometry_of(self.survey)
-            self.run = _run_of(self.pid)
-            self.running = self.survey.status == "running"
-            self.own_stop = False  # the guest stands because we have stopped it
-            self.meddled = False  # somebody else made it run while we had stopped it
-            self.state_fd = make_file("ckptd-state", 0)
-            self._fdset = self._give(self.state_fd)
-            self.holder = Holder(head, capacity, lambda: os.eventfd_write(notice, 1))
-            with self.stopped():  # a filter of a keeper that was killed still keeps packets back: until ours are there
-                filters.remove(self.monitor)
-                for lane in filters.insert(self.monitor, [one.id for one in self.survey.netdevs]):
-                    self.holder.add(*lane)
-        except BaseException:
-            self.monitor.close()
-            raise
-
-    def _give(self, fd: int) -> int:
-        """Give QEMU a descriptor to write to; the number of its set. It opens it for writing only, and so must we."""
-        self._position = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
-        return int(self.monitor.execute("add-fd", {"opaque": "ckptd"}, [self._position])["fdset-id"])
-
-    def stopped(self) -> _Stopped:
-        return _Stopped(self)
-
-    def events(self) -> None:
-        """What has happened in QEMU since the last look."""
-        self.monitor.poll()
-        while self.monitor.events:
-            event = self.monitor.events.popleft()["event"]
-            if event == "STOP":
-                self.running = False
-            elif event == "RESUME":
-                self.running = True
-                if self.own_stop:
-                    self.meddled = True
-
-    def stop(self) -> None:
-        self.events()
-        if self.running:
-            self.monitor.execute("stop")
-            self.events()
-            self.own_stop, self.meddled, self.running = True, False, False
-
-    def go(self) -> None:
-        if self.own_stop:
-            self.own_stop = False
-            self.monitor.execute("cont")
-            self.events()
-            self.running = True
-
-    def save(self) -> int:
-        """The device state into `state_fd`; its bytes."""
-        os.ftruncate(self.state_fd, 0)
-        os.lseek(self._position, 0, os.SEEK_SET)  # QEMU's descriptor is a copy of this one, and shares its place
-        self.monitor.execute(_SAVE, {"filename": f"/dev/fdset/{self._fdset}", "live": False})
-        size = os.fstat(self.state_fd).st_size
-        if not size:
-            raise GuestError("QEMU has saved no device state")
-        return size
-
-    def let_go(self) -> None:
-        """Leave QEMU as it was found, with everything said that it wanted to say."""
-        with self.stopped():
-            self.holder.open()
-            until = time.monotonic() + _LET_GO
-            while not self.holder.drained() and time.monotonic() < until:
-                time.sleep(0.001)
-            filters.remove(self.monitor)
-        self.monitor.execute("remove-fd", {"fdset-id": self._fdset})
-        self.close()
-
-    def close(self) -> None:
-        self.holder.close()
-        self.monitor.close()
-        for fd in (self.pidfd, self.state_fd, self._position):
-            os.close(fd)
-
-
-class _Stopped:
-    """While the block runs the guest stands; afterwards it is as before."""
-
-    def __init__(self, vm: _Vm) -> None:
-        self._vm, self._ours = vm, False
-
-    def __enter__(self) -> None:
-        self._ours = not self._vm.own_stop
-        self._vm.stop()
-
-    def __exit__(self, *_: object) -> None:
-        if self._ours:
-            self._vm.go()
 
 
 class QemuProcess:
     """The commands, and what has to be done between them."""
 
-    def __init__(self, listener: socket.socket) -> None:
+    def __init__(self, listener: socket.socket, runtime: Path) -> None:
         self._server = GuestServer(listener, self._answer, self._lost)
-        self._vm: _Vm | None = None
+        self._vm: Vm | None = None
         self._spec: QemuSpec | None = None
         self._tracker: Tracker | None = None
         self._ended = False
@@ -187,6 +59,10 @@ class QemuProcess:
         self._exchange = np.empty(0, dtype=np.uint8)
         self._opened: list[int] = []
         self._note = ""
+        stopped = os.open(runtime / "guest.stopped", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.ftruncate(stopped, STOPPED_BYTES)
+        self._stopped = map_file(stopped)
+        os.close(stopped)
 
     def run(self) -> None:
         """Until `end`, until QEMU has ended, or until the daemon of one that never attached is gone."""
@@ -202,21 +78,25 @@ class QemuProcess:
         finally:
             self._leave()
 
-    def _between(self, vm: _Vm, ready: list[int]) -> None:
+    def _between(self, vm: Vm, ready: list[int]) -> None:
         if vm.pidfd in ready:
-            raise GuestError("QEMU has ended", pid=vm.pid)
+            with suppress(GuestError):
+                vm.events()
+            raise vm.ended()
         if self._noticed in ready:
             os.eventfd_read(self._noticed)
         vm.events()
         self._stall(vm)
         lost = ", ".join(vm.holder.lost())
-        self._say(vm.holder.trouble or (f"the filter of {lost} was taken out of QEMU" if lost else ""))
+        lost = f"the filter of {lost} was taken out of QEMU" if lost else ""
+        self._say(vm.holder.trouble or lost or vm.stands_because())
 
-    def _stall(self, vm: _Vm) -> None:
+    def _stall(self, vm: Vm) -> None:
         """A full gate stops the guest, and one that is half free lets it go on: nothing is ever dropped."""
-        if vm.holder.full and not self._stalled:
+        if vm.holder.full:
             self._stalled = True
-            vm.stop()
+            if not self._paused:
+                vm.stop()  # again, if somebody else has let it go on
             self._attend()
         elif self._stalled and not vm.holder.full:
             self._stalled = False
@@ -239,7 +119,8 @@ class QemuProcess:
             self._ended = True
             return
         if self._tracker is not None:
-            self._tracker.stop()
+            with suppress(CkptdError):
+                self._tracker.stop()
         self._resume()
 
     def _leave(self) -> None:
@@ -249,10 +130,7 @@ class QemuProcess:
             if self._tracker is not None:
                 with suppress(CkptdError):
                     self._tracker.stop()
-            try:
-                vm.let_go()
-            except CkptdError:  # it is not
-                vm.close()
+            vm.let_go()
 
     # --- commands
 
@@ -289,7 +167,7 @@ class QemuProcess:
     def _create(self, spec: QemuSpec, capacity: int) -> None:
         if self._vm is not None:
             raise StateError("this process keeps a guest already")
-        self._vm, self._spec = _Vm(spec, capacity, self._head, self._noticed), spec
+        self._vm, self._spec = Vm(spec, capacity, self._head, self._noticed, self._stopped), spec
         self._exchange_fd = make_file("ckptd-exchange", 8 * self._vm.geometry.pages)
         self._exchange = map_file(self._exchange_fd)
 
@@ -319,7 +197,7 @@ class QemuProcess:
         vm = self._running
         self._paused = True
         try:
-            vm.stop()
+            vm.pause()
             mark = vm.holder.mark()
             return {"mark": mark, "bytes": vm.save()}
         except BaseException:
@@ -351,7 +229,7 @@ class QemuProcess:
         vm.close()
 
     @property
-    def _running(self) -> _Vm:
+    def _running(self) -> Vm:
         if self._vm is None:
             raise StateError("this process keeps no guest yet")
         return self._vm
@@ -363,19 +241,12 @@ class QemuProcess:
         return self._tracker
 
 
-def _run_of(pid: int) -> bytes:
-    """16 bytes that only this run of this process has."""
-    started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return xxhash.xxh3_128_digest(f"{boot} {pid} {started}".encode())
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Serve until the end."""
 
     def run(listener: socket.socket, control: Path) -> None:
         gc.freeze()  # what was imported is never garbage
-        QemuProcess(listener).run()
+        QemuProcess(listener, control.parent).run()
 
     serve_until_end(run, "The keeper of a QEMU guest.", arguments)
 

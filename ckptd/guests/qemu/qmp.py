@@ -26,9 +26,11 @@ __all__ = ["Event", "Monitor", "QmpError"]
 
 Event = dict[str, Any]
 
-_GREETING = 2.0  # seconds; QEMU's main loop answers at once
+_GREETING = 5.0  # seconds; QEMU's main loop answers at once, on a machine that is not too busy
 _TIMEOUT = 30.0  # `stop` flushes disks
 _MOST_EVENTS = 4096
+_MOST_BYTES = 64 << 20  # of one message; the longest, query-qmp-schema, takes 300 KB
+_NO_QMP = "this is no QMP monitor"
 _CHUNK = 1 << 16
 
 
@@ -72,8 +74,10 @@ class Monitor:
                 "QEMU's monitor does not greet: another client holds it", socket=str(self.path),
                 hint="give ckptd a monitor of its own (a second -qmp option), or end the other client",
             ) from None  # fmt: skip
+        except OSError as error:
+            raise GuestError(f"QEMU is gone: {error}", socket=str(self.path)) from error
         if "QMP" not in greeting:
-            raise GuestError("this is no QMP monitor: it does not greet with QMP", socket=str(self.path))
+            raise GuestError(f"{_NO_QMP}: it does not greet with QMP", socket=str(self.path))
         self._sock.settimeout(_TIMEOUT)
         self.execute("qmp_capabilities")
 
@@ -133,15 +137,17 @@ class Monitor:
     def poll(self) -> None:
         """Take the events that have arrived into `events`. Raises GuestError if QEMU is gone."""
         gone = ""
-        while not gone and select.select([self._sock], [], [], 0)[0]:
+        while not gone:
             try:
+                if not select.select([self._sock], [], [], 0)[0]:
+                    break
                 data = self._sock.recv(_CHUNK)
                 gone = "" if data else "it has closed its monitor"
                 self._buffer += data
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: it was closed here, as QEMU did not answer
                 gone = str(error)
         while (line := self._line()) is not None:
-            self._note(json.loads(line))
+            self._note(self._parsed(line))
         if gone:
             raise GuestError(f"QEMU is gone: {gone}", socket=str(self.path))
 
@@ -160,7 +166,17 @@ class Monitor:
             if not data:
                 raise ConnectionResetError("its monitor was closed")
             self._buffer += data
-        message: Event = json.loads(line)
+            if len(self._buffer) > _MOST_BYTES:
+                raise GuestError(f"{_NO_QMP}: it sends no end of a line", socket=str(self.path))
+        return self._parsed(line)
+
+    def _parsed(self, line: bytes) -> Event:
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            raise GuestError(f"{_NO_QMP}: it says {line[:80]!r}", socket=str(self.path))
         return message
 
     def _line(self) -> bytes | None:

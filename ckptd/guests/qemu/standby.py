@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import select
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -122,6 +123,8 @@ class QemuStandby:
 
     async def fit(self, geometry: Geometry, images: Sequence[int], state: bytes, still: Still) -> str:
         async with self._lock:
+            if self._active:
+                return ""
             try:
                 found = decode(state)
                 plan = self._planned(geometry, images, found.survey)
@@ -152,7 +155,11 @@ class QemuStandby:
                     await self._warm()
                 if held and self._output is not None:
                     append(self._output, held)
-                await self._work(lambda: self._go(found.devices))
+                try:
+                    await self._work(lambda: self._go(found.devices))
+                except GuestError as error:
+                    self._drop()  # it can be tried again, in another one
+                    raise GuestError(f"{error.message}: {_tail(self._runtime / 'qemu.log')}") from error
                 self._active = True
         finally:
             self._promoting = False
@@ -198,8 +205,8 @@ class QemuStandby:
     async def _rehearse(self, plan: tuple[Survey, dict[str, str]], still: Still) -> None:
         """Would it take the state? Over a private mapping, silently, and touching no disk. Raises GuestError."""
         monitor, log = self._runtime / "rehearsal.qmp", self._runtime / "rehearsal.log"
-        command = [_private(word) for word in self._command(plan, monitor)]
-        qemu = await self._work(lambda: self._start(command, plan[0], monitor, log))
+        command = [_private(word, plan[1].values()) for word in self._command(plan, monitor)]
+        qemu = await self._started(command, plan[0], monitor, log)
         try:
             async with still() as state:  # a device state fits the memory of its own epoch only
                 devices = decode(state).devices
@@ -216,12 +223,20 @@ class QemuStandby:
     async def _warm(self) -> None:
         assert self._plan is not None
         plan, monitor = self._plan, self._runtime / "guest.qmp"
-        qemu = await self._work(
-            lambda: self._start(self._command(plan, monitor), plan[0], monitor, self._runtime / "qemu.log")
-        )
+        qemu = await self._started(self._command(plan, monitor), plan[0], monitor, self._runtime / "qemu.log")
         (self._runtime / "guest.pid").write_text(f"{qemu.pid}\n")
         self._qemu = qemu
         asyncio.get_running_loop().add_reader(qemu.pidfd, self._died)
+
+    async def _started(self, command: list[str], survey: Survey, monitor: Path, log: Path) -> _Qemu:
+        """`_start`, in a thread; whoever is cancelled meanwhile leaves no process behind."""
+        starting = asyncio.ensure_future(asyncio.to_thread(self._start, command, survey, monitor, log))
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            with suppress(CkptdError):
+                (await starting).kill()
+            raise
 
     def _start(self, command: list[str], survey: Survey, monitor: Path, log: Path) -> _Qemu:
         """Start a QEMU that waits for a state. Raises GuestError with what it has said."""
@@ -273,9 +288,10 @@ class QemuStandby:
             pid = int((self._runtime / "guest.pid").read_text())
             if os.fsencode(monitor) not in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return
-            qemu = _Qemu(pid, Monitor(monitor))
-        except (OSError, ValueError, GuestError):
+        except (OSError, ValueError):
             return
+        # It runs. If its monitor cannot be had, a second one over the same files must not be started.
+        qemu = _Qemu(pid, Monitor(monitor))
         status = qemu.monitor.execute("query-status")["status"]
         if status in ("inmigrate", "prelaunch", "postmigrate"):
             qemu.kill()
@@ -314,8 +330,16 @@ class QemuStandby:
         return await asyncio.shield(asyncio.to_thread(work))
 
 
-def _private(word: str) -> str:
-    return word.replace("share=on", "share=off") if word.startswith("memory-backend-file,") else word
+def _private(word: str, files: Iterable[str]) -> str:
+    """The argument for a QEMU that must not write to these files. Raises GuestError if it is not understood."""
+    if word.startswith("memory-backend-file,"):
+        return re.sub(r",share=(on|true|yes|y)\b", ",share=off", word)
+    if any(file in word or file.replace(",", ",,") in word for file in files):
+        raise GuestError(
+            f"a rehearsal would write to the replica: {word}",
+            hint="in the standby's command, name its files as -object memory-backend-file,...,mem-path={ram:ID},share=on",
+        )
+    return word
 
 
 def _write(fd: int, data: bytes) -> None:
