@@ -19,7 +19,7 @@ import numpy as np
 
 from ckptd.daemon.figures import Recent
 from ckptd.daemon.link import Link
-from ckptd.errors import DigestMismatch
+from ckptd.errors import DigestMismatch, TrackerError
 from ckptd.guests.base import Guest
 from ckptd.memory.batch import DELTA, RAW, ZERO, DeltaCache, Kinds
 from ckptd.memory.digest import HashTable
@@ -234,11 +234,16 @@ class Shipper:
                     await link.room(0)
                     continue
                 flight.dirty.append(dirty)
-                if big:
-                    await self._stream(link, machine, flight, dirty)
-                else:
+                if not big:
                     staged = self._copy(dirty)
                 state = await self.guest.save_state()
+                if late := self.guest.late():
+                    dirty = self._with_late(flight, dirty, late)
+                    big = big or dirty.pages > self.stage_pages
+                    if not big:
+                        staged = self._copy(dirty)
+                if big:
+                    await self._stream(link, machine, flight, dirty)
                 gate = self.guest.gate
                 flight.mark, released = gate.mark(), gate.released
                 held = gate.held(flight.mark)
@@ -284,6 +289,13 @@ class Shipper:
         dirty = self.guest.tracker.harvest().merge(self.pending)
         self.pending = DirtySet.empty(len(self.geometry))
         return dirty
+
+    @staticmethod
+    def _with_late(flight: Flight, dirty: DirtySet, late: DirtySet) -> DirtySet:
+        flight.dirty.append(late)
+        if late.overflowed:
+            raise TrackerError("the log lost pages while devices were saved", hint="the guest is compared anew")
+        return dirty.merge(late)
 
     def _copy(self, dirty: DirtySet) -> list[tuple[int, Gfns, Rows]]:
         """The dirty pages into the stage, in batches."""

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptd.errors import ConfigError
-from ckptd.memory.dirtyset import Gfns
+from ckptd.memory.dirtyset import DirtySet, Gfns
 from ckptd.memory.regions import Geometry
 from ckptd.trackers.base import Tracker
 
@@ -96,6 +96,10 @@ class Guest(Protocol):
 
     async def save_state(self) -> bytes:
         """While paused: everything that is not memory, nor output in the gate."""
+
+    def late(self) -> DirtySet | None:
+        """After `save_state`: pages that were written since the harvest of this pause, by devices that were saved
+        beside the copying. None where nothing is saved beside it."""
 
     async def resume(self) -> None:
         """The vCPUs go on."""

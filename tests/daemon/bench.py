@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ckptd.errors import StateError, TransportError
 from ckptd.guests.sim.gate import SimGate, gate_bytes
 from ckptd.guests.sim.machine import Machine, Params
-from ckptd.memory.dirtyset import Gfns
+from ckptd.memory.dirtyset import DirtySet, Gfns
 from ckptd.memory.regions import Geometry
 from ckptd.protocol.peer import Event, Timing
 from ckptd.protocol.secondary import EpochReady, HelloReceived, SecondaryMachine, TableWanted
@@ -28,7 +28,7 @@ CALM = Timing(10**12, 2 * 10**12)
 class SteppedGuest:
     """A Guest that moves only when `step` is called, and never while it is paused."""
 
-    name, kind, run = "vm", "sim", RUN
+    name, kind, run, opens_at_detach = "vm", "sim", RUN, False
 
     def __init__(self, geometry: Geometry, *, output_every: int = 2, batch: int = 8) -> None:
         self.geometry = geometry
@@ -41,6 +41,7 @@ class SteppedGuest:
         self.tracker = BitmapTracker(geometry, log)
         self.gate = SimGate(np.zeros(gate_bytes(1 << 20), dtype=np.uint8))
         self.paused = False
+        self.devices: list[int] = []  # pages of the last region that are written while devices are saved
         self.tracker.start()
 
     def step(self, steps: int) -> None:
@@ -65,7 +66,12 @@ class SteppedGuest:
         self.paused = False
 
     async def save_state(self) -> bytes:
+        for page in self.devices:
+            self.memory[-1][page] += 1
         return self.machine.save()
+
+    def late(self) -> DirtySet | None:
+        return DirtySet.from_gfns([[]] * (len(self.geometry) - 1) + [self.devices]) if self.devices else None
 
     def read_pages(self, region: int, gfns: Gfns, out: npt.NDArray[np.uint8]) -> None:
         np.take(self.memory[region], gfns, axis=0, out=out, mode="clip")

@@ -210,9 +210,14 @@ def test_an_epoch_that_was_committed_before_the_cut_is_safe() -> None:
     asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
 
-def test_a_final_epoch_leaves_the_guest_paused() -> None:
+@pytest.mark.parametrize("stage_pages", [8, 64])
+@pytest.mark.parametrize("devices", [[], [3], [3, 90, 119]])
+def test_a_final_epoch_leaves_the_guest_paused_and_has_what_devices_wrote_late(
+    devices: list[int], stage_pages: int
+) -> None:
     async def main() -> None:
-        bench = Bench()
+        bench = Bench(stage_pages=stage_pages)
+        bench.guest.devices = devices
         assert await bench.session(2, 20)
         bench.guest.step(10)
         assert await _final(bench)

@@ -20,7 +20,7 @@ from ckptd.errors import GuestError, StateError
 from ckptd.guests.base import Gate, Memory
 from ckptd.guests.process.link import GuestLink
 from ckptd.guests.process.shared import ControlPage, map_file
-from ckptd.memory.dirtyset import Gfns
+from ckptd.memory.dirtyset import DirtySet, Gfns
 from ckptd.memory.regions import Geometry
 from ckptd.trackers.base import Tracker
 from ckptd.units import PAGE_SIZE
@@ -168,6 +168,9 @@ class ProcessGuest(Generic[D, G]):
     async def _saved(self) -> bytes:
         """The state, where the reply to the pause does not carry it."""
         raise NotImplementedError
+
+    def late(self) -> DirtySet | None:
+        return None
 
     async def resume(self) -> None:
         now = self._now

@@ -28,22 +28,34 @@ class RemoteTracker:
         self._link = link
         self._gfns = exchange[: len(exchange) // 8 * 8].view(np.int64)
         self._restored: DirtySet | None = None
+        self._taken: DirtySet | None = None
 
     def start(self) -> None:
         self._link.ask({"op": "start"})
-        self._restored = None
+        self._restored = self._taken = None
 
     def harvest(self) -> DirtySet:
-        reply, _ = self._link.ask({"op": "harvest"})
+        dirty, self._taken = self._taken, None
+        if dirty is None:
+            reply, _ = self._link.ask({"op": "harvest"})
+            dirty = self.found(reply)
+        if self._restored is not None:
+            dirty, self._restored = dirty.merge(self._restored), None
+        return dirty
+
+    def found(self, reply: dict[str, Any]) -> DirtySet:
+        """The harvest that the process left with this reply."""
         gfns, at = [], 0
         for count in reply["counts"]:
             gfns.append(self._gfns[at : at + count].copy())
             at += count
         self.exact = reply["exact"]
-        dirty = DirtySet(gfns, reply["overflowed"])
-        if self._restored is not None:
-            dirty, self._restored = dirty.merge(self._restored), None
-        return dirty
+        return DirtySet(gfns, reply["overflowed"])
+
+    def taken(self, reply: dict[str, Any]) -> None:
+        """A harvest came with another answer: it is that of the next `harvest`."""
+        dirty = self.found(reply)
+        self._taken = dirty if self._taken is None else self._taken.merge(dirty)
 
     def restore(self, dirty: DirtySet) -> None:
         self._restored = dirty if self._restored is None else self._restored.merge(dirty)

@@ -24,7 +24,7 @@ from ckptd.guests.qemu.refusals import run_state
 from ckptd.guests.qemu.spec import QemuSpec
 from ckptd.guests.qemu.state import encode
 from ckptd.guests.qemu.survey import Survey
-from ckptd.memory.dirtyset import Gfns
+from ckptd.memory.dirtyset import DirtySet, Gfns
 from ckptd.memory.regions import Geometry
 from ckptd.trackers.base import Tracker
 from ckptd.units import PAGE_SIZE
@@ -49,7 +49,7 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
         self._survey: Survey | None = None
         self._about = b""
         self._state_fd = self._wake_fd = -1
-        self._state_bytes = 0
+        self._late: DirtySet | None = None
         self._qemu_pid = 0
         self._waits_for = ""
 
@@ -117,15 +117,21 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
             raise StateError("the guest is paused already", guest=self.name)
         reply, _ = await now.link.ask_soon({"op": "pause"})
         now.paused = True
-        now.gate.marked, self._state_bytes = reply["mark"], reply["bytes"]
+        now.gate.marked, self._late = reply["mark"], None
+        if "counts" in reply:
+            cast(RemoteTracker, now.tracker).taken(reply)
 
     async def save_state(self) -> bytes:
         """Raises GuestError if somebody else let the guest go on meanwhile."""
         now = self._now
         if not now.paused:
             raise StateError("the state is saved while the guest is paused", guest=self.name)
-        await now.link.ask_soon({"op": "hold"})
-        return encode(self._about, os.pread(self._state_fd, self._state_bytes, 0))
+        reply, _ = await now.link.ask_soon({"op": "save"})
+        self._late = cast(RemoteTracker, now.tracker).found(reply)
+        return encode(self._about, os.pread(self._state_fd, reply["bytes"], 0))
+
+    def late(self) -> DirtySet | None:
+        return self._late
 
     async def resume(self) -> None:
         now = self._now

@@ -6,8 +6,9 @@ gate is full the guest is stopped. It ends when QEMU ends, or when the daemon de
 QEMU. If it is killed QEMU drops what the guest says, until a new keeper takes its place.
 
 A pause is `stop`, the gate's mark, and the device state (`xen-save-devices-state`, which needs no Xen: everything but
-RAM, into a file of ours that QEMU was given by descriptor). Only then is the dirty log taken: a device that writes to
-RAM while it is saved is not missed.
+RAM, into a file of ours that QEMU was given by descriptor). While QEMU writes that, the dirty log is taken and the
+daemon copies pages; afterwards the log is taken once more, so that a device which writes to RAM as it is saved is not
+missed.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class QemuProcess:
         self._exchange_fd = -1
         self._exchange = np.empty(0, dtype=np.uint8)
         self._opened: list[int] = []
+        self._tracking = False
         self._note = ""
         stopped = os.open(runtime / "guest.stopped", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(stopped, STOPPED_BYTES)
@@ -118,6 +120,7 @@ class QemuProcess:
         if self._vm is None:
             self._ended = True
             return
+        self._tracking = False
         if self._tracker is not None:
             with suppress(CkptdError):
                 self._tracker.stop()
@@ -144,15 +147,17 @@ class QemuProcess:
                 return self._attach(message["tracker"])
             case "start":
                 self._chosen.start()
+                self._tracking = True
             case "stop":
+                self._tracking = False
                 self._chosen.stop()
             case "harvest":
                 tracker = self._chosen
                 return leave(tracker.harvest(), tracker.exact, self._exchange), []
             case "pause":
                 return self._pause(), []
-            case "hold":
-                self._hold()
+            case "save":
+                return self._save(), []
             case "resume":
                 self._resume()
             case "quit":
@@ -174,6 +179,7 @@ class QemuProcess:
     def _attach(self, tracker: str) -> Answer:
         vm = self._running
         assert self._spec is not None
+        self._tracking = False
         if self._tracker is not None:
             self._tracker.stop()
         for fd in self._opened:
@@ -199,22 +205,32 @@ class QemuProcess:
         try:
             vm.pause()
             mark = vm.holder.mark()
-            return {"mark": mark, "bytes": vm.save()}
+            vm.begin_save()
+            if not self._tracking:
+                return {"mark": mark}
+            tracker = self._chosen
+            return {"mark": mark, **leave(tracker.harvest(), tracker.exact, self._exchange)}
         except BaseException:
             self._resume()
             raise
 
-    def _hold(self) -> None:
-        """The last word on a pause: it was one, and from here on nothing leaves that is not released."""
-        vm = self._running
+    def _save(self) -> dict[str, Any]:
+        """The last word on a pause: the device state, what devices wrote while they were saved, and that nobody ran.
+        From here on nothing leaves that is not released."""
+        vm, tracker = self._running, self._chosen
+        size = vm.end_save()
+        late = leave(tracker.harvest(), tracker.exact, self._exchange)
         vm.events()
         if not self._paused or vm.meddled:
             raise GuestError(
                 "somebody else let the guest go on while it was paused for a checkpoint: this epoch is void",
                 hint="let one program control this QEMU", pid=vm.pid,
             )  # fmt: skip
+        if not size:
+            raise StateError("no device state was asked for in this pause")
         if not vm.holder.holding:
             vm.holder.hold()
+        return {"bytes": size, **late}
 
     def _resume(self) -> None:
         self._paused = False

@@ -49,6 +49,7 @@ class Monitor:
         self.path = path
         self.events: deque[Event] = deque(maxlen=_MOST_EVENTS)
         self._buffer = bytearray()
+        self._answers: dict[object, Event] = {}  # by the number of the question
         self._number = 0
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -92,6 +93,10 @@ class Monitor:
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None, fds: Sequence[int] = ()) -> Any:
         """What the command returns. Raises QmpError if QEMU refuses it."""
+        return self.finish(command, self.begin(command, arguments, fds))
+
+    def begin(self, command: str, arguments: dict[str, Any] | None = None, fds: Sequence[int] = ()) -> int:
+        """Ask, and do something else until `finish`, which wants this number."""
         self._number += 1
         wanted: dict[str, Any] = {"execute": command, "id": self._number}
         if arguments:
@@ -103,16 +108,21 @@ class Monitor:
                 self._sock.sendall(data[sent:])
             else:
                 self._sock.sendall(data)
-            while True:
-                message = self._message()
-                if message.get("id") == self._number and ("return" in message or "error" in message):
-                    break
-                self._note(message)
+        except OSError as error:
+            raise GuestError(f"QEMU is gone ({command}: {error})", socket=str(self.path)) from error
+        return self._number
+
+    def finish(self, command: str, number: int) -> Any:
+        """What the command of that number returns. Raises QmpError if QEMU refuses it."""
+        try:
+            while number not in self._answers:
+                self._note(self._message())
         except TimeoutError as error:
             self._sock.close()  # a late answer must not pass for that to a later question
             raise GuestError(f"QEMU does not answer {command} within {_TIMEOUT:g} s", socket=str(self.path)) from error
         except OSError as error:
             raise GuestError(f"QEMU is gone ({command}: {error})", socket=str(self.path)) from error
+        message = self._answers.pop(number)
         if "error" in message:
             raise QmpError(command, str(message["error"].get("desc", message["error"])))
         return message["return"]
@@ -158,6 +168,8 @@ class Monitor:
     def _note(self, message: Event) -> None:
         if "event" in message:
             self.events.append(message)
+        elif "return" in message or "error" in message:
+            self._answers[message.get("id")] = message
 
     def _message(self) -> Event:
         """The next object. Raises TimeoutError, OSError."""

@@ -209,4 +209,4 @@ def _ram(survey: Survey, ignore: Collection[str]) -> Iterable[str]:
             "other": "is writable RAM of a device that ckptd does not know: take the device away, or have it ignored "
             "if its contents do not matter",
         }[block.kind]
-        yield f"The RAM block {block.name} ({format_size(block.size)}) {what}: ignore_blocks = [{block.name!r}]."
+        yield f"The RAM block {block.name} ({format_size(block.size)}) {what}: ignore_ram = [{block.name!r}]."

@@ -286,12 +286,15 @@ class QemuStandby:
         monitor = self._runtime / "guest.qmp"
         try:
             pid = int((self._runtime / "guest.pid").read_text())
-            if os.fsencode(monitor) not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if not _has_word(pid, str(monitor)):
                 return
+            qemu = _Qemu(pid, Monitor(monitor))
         except (OSError, ValueError):
             return
-        # It runs. If its monitor cannot be had, a second one over the same files must not be started.
-        qemu = _Qemu(pid, Monitor(monitor))
+        except GuestError:
+            if _has_word(pid, str(monitor)):
+                raise  # it runs: a second one over the same files must not be started
+            return
         status = qemu.monitor.execute("query-status")["status"]
         if status in ("inmigrate", "prelaunch", "postmigrate"):
             qemu.kill()
@@ -337,9 +340,17 @@ def _private(word: str, files: Iterable[str]) -> str:
     if any(file in word or file.replace(",", ",,") in word for file in files):
         raise GuestError(
             f"a rehearsal would write to the replica: {word}",
-            hint="in the standby's command, name its files as -object memory-backend-file,...,mem-path={ram:ID},share=on",
+            hint="in the standby's command, name the files as -object memory-backend-file,...,mem-path={ram:ID}",
         )
     return word
+
+
+def _has_word(pid: int, word: str) -> bool:
+    """A process of that pid runs, with that in its command line."""
+    try:
+        return os.fsencode(word) in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _write(fd: int, data: bytes) -> None:
