@@ -63,7 +63,7 @@ class StillGuest:
     async def detach(self) -> None: ...
     async def end(self) -> None: ...
 
-    async def save_state(self) -> bytes:
+    async def save_state(self, *, go_on: bool = False) -> bytes:
         return b""
 
     def read_pages(self, region: int, gfns: Gfns, out: npt.NDArray[np.uint8]) -> None:

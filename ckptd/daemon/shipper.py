@@ -236,7 +236,7 @@ class Shipper:
                 flight.dirty.append(dirty)
                 if not big:
                     staged = self._copy(dirty)
-                state = await self.guest.save_state()
+                state = await self.guest.save_state(go_on=not (big or final or stay))
                 if late := self.guest.late():
                     dirty = self._with_late(flight, dirty, late)
                     big = big or dirty.pages > self.stage_pages

@@ -94,8 +94,12 @@ class Guest(Protocol):
     async def pause(self) -> None:
         """Returns when no vCPU writes any more. May block for the time that takes."""
 
-    async def save_state(self) -> bytes:
-        """While paused: everything that is not memory, nor output in the gate."""
+    async def save_state(self, *, go_on: bool = False) -> bytes:
+        """While paused: everything that is not memory, nor output in the gate.
+
+        `go_on`: nothing more is wanted of this pause, unless `late` has pages, so the guest may go on at once. `resume`
+        is called all the same.
+        """
 
     def late(self) -> DirtySet | None:
         """After `save_state`: pages that were written since the harvest of this pause, by devices that were saved

@@ -158,7 +158,7 @@ class ProcessGuest(Generic[D, G]):
         reply, _ = await now.link.ask_soon({"op": "pause"})
         now.paused, now.state = True, reply.get("state")
 
-    async def save_state(self) -> bytes:
+    async def save_state(self, *, go_on: bool = False) -> bytes:
         if not self._now.paused:
             raise StateError("the state is saved while the guest is paused", guest=self.name)
         if self._now.state is None:

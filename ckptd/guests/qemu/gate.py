@@ -271,17 +271,22 @@ class Holder:
             try:
                 with self._lock:
                     self._take()
-            except GuestError as error:
-                self.trouble = str(error)
-                self._notice()
+            except GuestError:
                 return
 
     def _take(self) -> None:
         """Everything that can be done now. The lock is held."""
         head = self._head
         written = int(head[_WRITTEN])
-        for lane in self._lanes:
-            head[_WRITTEN] = written = lane.take(written)
+        if self.trouble:  # nothing leaves any more, and no mark is right
+            raise GuestError(self.trouble)
+        try:
+            for lane in self._lanes:
+                head[_WRITTEN] = written = lane.take(written)
+        except GuestError as error:
+            self.trouble = str(error)
+            self._notice()
+            raise
         if not head[_HOLDING]:
             head[_WANTED] = written
         wanted = int(head[_WANTED])

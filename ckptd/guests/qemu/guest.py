@@ -24,6 +24,7 @@ from ckptd.guests.qemu.refusals import run_state
 from ckptd.guests.qemu.spec import QemuSpec
 from ckptd.guests.qemu.state import encode
 from ckptd.guests.qemu.survey import Survey
+from ckptd.guests.qemu.vm import stands_for_us
 from ckptd.memory.dirtyset import DirtySet, Gfns
 from ckptd.memory.regions import Geometry
 from ckptd.trackers.base import Tracker
@@ -50,6 +51,7 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
         self._about = b""
         self._state_fd = self._wake_fd = -1
         self._late: DirtySet | None = None
+        self._went_on = False  # the guest runs again, before `resume`
         self._qemu_pid = 0
         self._waits_for = ""
 
@@ -82,7 +84,10 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
             return ""
         monitor = Monitor(self.params.qmp)
         try:
-            state = run_state(monitor.execute("query-status")["status"])
+            status = monitor.execute("query-status")["status"]
+            if status == "paused" and stands_for_us(self._runtime, monitor.peer_pid):
+                return ""
+            state = run_state(status)
         finally:
             monitor.close()
         return state.why if state.verdict == "wait" else ""
@@ -117,16 +122,17 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
             raise StateError("the guest is paused already", guest=self.name)
         reply, _ = await now.link.ask_soon({"op": "pause"})
         now.paused = True
-        now.gate.marked, self._late = reply["mark"], None
+        now.gate.marked, self._late, self._went_on = reply["mark"], None, False
         if "counts" in reply:
             cast(RemoteTracker, now.tracker).taken(reply)
 
-    async def save_state(self) -> bytes:
+    async def save_state(self, *, go_on: bool = False) -> bytes:
         """Raises GuestError if somebody else let the guest go on meanwhile."""
         now = self._now
         if not now.paused:
             raise StateError("the state is saved while the guest is paused", guest=self.name)
-        reply, _ = await now.link.ask_soon({"op": "save"})
+        reply, _ = await now.link.ask_soon({"op": "save", "go_on": go_on})
+        self._went_on = reply["went_on"]
         self._late = cast(RemoteTracker, now.tracker).found(reply)
         return encode(self._about, os.pread(self._state_fd, reply["bytes"], 0))
 
@@ -138,7 +144,8 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
         if not now.paused:
             raise StateError("the guest is not paused", guest=self.name)
         now.paused = False
-        await now.link.ask_soon({"op": "resume"})  # a pause lasts until QEMU has let the guest go on
+        if not self._went_on:
+            await now.link.ask_soon({"op": "resume"})  # a pause lasts until QEMU has let the guest go on
 
     def read_pages(self, region: int, gfns: Gfns, out: npt.NDArray[np.uint8]) -> None:
         memory: object = self._now.memory[region]

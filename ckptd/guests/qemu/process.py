@@ -31,7 +31,7 @@ from ckptd.guests.qemu.gate import GATE_BYTES
 from ckptd.guests.qemu.ram import backends_of, open_backing
 from ckptd.guests.qemu.spec import QemuSpec
 from ckptd.guests.qemu.state import describe
-from ckptd.guests.qemu.vm import STOPPED_BYTES, Vm
+from ckptd.guests.qemu.vm import STOPPED_BYTES, STOPPED_FILE, Vm
 from ckptd.trackers.base import Tracker
 from ckptd.trackers.process import process_tracker
 
@@ -61,7 +61,7 @@ class QemuProcess:
         self._opened: list[int] = []
         self._tracking = False
         self._note = ""
-        stopped = os.open(runtime / "guest.stopped", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        stopped = os.open(runtime / STOPPED_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(stopped, STOPPED_BYTES)
         self._stopped = map_file(stopped)
         os.close(stopped)
@@ -157,7 +157,7 @@ class QemuProcess:
             case "pause":
                 return self._pause(), []
             case "save":
-                return self._save(), []
+                return self._save(message["go_on"]), []
             case "resume":
                 self._resume()
             case "quit":
@@ -205,7 +205,6 @@ class QemuProcess:
         try:
             vm.pause()
             mark = vm.holder.mark()
-            vm.begin_save()
             if not self._tracking:
                 return {"mark": mark}
             tracker = self._chosen
@@ -214,7 +213,7 @@ class QemuProcess:
             self._resume()
             raise
 
-    def _save(self) -> dict[str, Any]:
+    def _save(self, go_on: bool) -> dict[str, Any]:
         """The last word on a pause: the device state, what devices wrote while they were saved, and that nobody ran.
         From here on nothing leaves that is not released."""
         vm, tracker = self._running, self._chosen
@@ -230,7 +229,10 @@ class QemuProcess:
             raise StateError("no device state was asked for in this pause")
         if not vm.holder.holding:
             vm.holder.hold()
-        return {"bytes": size, **late}
+        went_on = go_on and not late["overflowed"] and not any(late["counts"])
+        if went_on:
+            self._resume()
+        return {"bytes": size, "went_on": went_on, **late}
 
     def _resume(self) -> None:
         self._paused = False

@@ -3,7 +3,7 @@
     8   magic "CKPTQEMU"
     4   u32 version, 1
     4   u32 bytes of the description
-    16  XXH3-128 of all that follows
+    16  XXH3-128 of all else
     ... the description: msgpack, the survey (survey.py)
     ... the device state, as QEMU wrote it
 
@@ -44,7 +44,7 @@ def describe(survey: Survey) -> bytes:
 def encode(about: bytes, devices: bytes) -> bytes:
     """The blob. `about`: the description, packed once for all epochs (`describe`)."""
     body = about + devices
-    return _HEAD.pack(_MAGIC, _VERSION, len(about), xxhash.xxh3_128_digest(body)) + body
+    return _HEAD.pack(_MAGIC, _VERSION, len(about), _digest(len(about), body)) + body
 
 
 def decode(blob: bytes) -> State:
@@ -59,10 +59,16 @@ def decode(blob: bytes) -> State:
             f"the state is of version {version}, and this ckptd knows {_VERSION}", hint="run one version on both hosts"
         )
     body = blob[_HEAD.size :]
-    if xxhash.xxh3_128_digest(body) != digest or length > len(body):
+    if _digest(length, body) != digest or length > len(body):
         raise GuestError("the state of the QEMU guest is damaged: nothing of it was used")
     try:
         survey = Survey.from_dict(msgpack.unpackb(body[:length]))
     except Exception as error:
         raise GuestError(f"the state's description of QEMU cannot be read: {error}") from error
     return State(survey, body[length:])
+
+
+def _digest(length: int, body: bytes) -> bytes:
+    hashed = xxhash.xxh3_128(struct.pack("<8sII", _MAGIC, _VERSION, length))
+    hashed.update(body)
+    return hashed.digest()

@@ -30,13 +30,14 @@ from ckptd.guests.qemu.spec import QemuSpec
 from ckptd.guests.qemu.survey import Survey, survey
 from ckptd.memory.regions import Geometry
 
-__all__ = ["STOPPED_BYTES", "Vm"]
+__all__ = ["STOPPED_BYTES", "STOPPED_FILE", "Vm", "stands_for_us"]
 
-STOPPED_BYTES = 4096
+STOPPED_FILE, STOPPED_BYTES = "guest.stopped", 4096
 """Of the file that says what the keeper has stopped: 16 bytes of the run, and 1 if that stands for our sake."""
 
 _LET_GO = 4.0  # seconds for QEMU to take what is released at the end
 _LITTLE = 1 << 16  # bytes that it takes at once
+_SETTLE = 0.2  # seconds for its netdev to take much: what that has not taken at a stop QEMU throws away
 _SAVE = "xen-save-devices-state"
 _OPAQUE = "ckptd"  # by which our descriptors are known in QEMU
 
@@ -95,15 +96,13 @@ class Vm:
 
     def _remember(self) -> None:
         """Did a keeper that was killed stop it?"""
-        if self._stopped[:16].tobytes() == self.run and self._stopped[16] and self.survey.status == "paused":
+        if self.survey.status == "paused" and _says(self._stopped[:17].tobytes(), self.run):
             self.own_stop = True
         self._stopped[16] = self.own_stop
         self._stopped[:16] = np.frombuffer(self.run, dtype=np.uint8)
 
     def _enter(self) -> None:
-        for one in self.monitor.execute("query-fdsets"):  # of a keeper that was killed
-            if one["fds"] and all(fd.get("opaque") == _OPAQUE for fd in one["fds"]):
-                self.monitor.execute("remove-fd", {"fdset-id": one["fdset-id"]})
+        left = self.monitor.execute("query-fdsets")
         self.state_fd = make_file("ckptd-state", 0)
         # QEMU opens it for writing only, and so must we.
         self._position = os.open(f"/proc/self/fd/{self.state_fd}", os.O_WRONLY | os.O_CLOEXEC)
@@ -114,6 +113,9 @@ class Vm:
         for lane in filters.insert(self.monitor, [one.id for one in self.survey.netdevs]):
             self.holder.add(*lane)
         self.go()
+        for one in left:  # by a keeper that was killed; QEMU closes it at once only while the guest runs
+            if one["fds"] and all(fd.get("opaque") == _OPAQUE for fd in one["fds"]):
+                self.monitor.execute("remove-fd", {"fdset-id": one["fdset-id"]})
 
     def events(self) -> None:
         """What has happened in QEMU since the last look."""
@@ -160,19 +162,26 @@ class Vm:
         return self._because
 
     def pause(self) -> None:
-        """`stop`, from which on `meddled` tells whether it lasts."""
+        """`stop`, from which on `meddled` tells whether it lasts; and QEMU saves its devices next: see `end_save`."""
         self.events()
         self.meddled = False
-        self.stop()
+        number = self._begin_stop() if self.running else 0
+        self._begin_save()  # asked for together: between the two QEMU does not wait for us, nor for a CPU
+        if number:
+            self.monitor.finish("stop", number)
+            self.events()
 
     def stop(self) -> None:
         self.events()
         if self.running:
-            self._stopped[16] = 1
-            self._asked_at = time.time_ns() // 1000
-            self.own_stop, self.running = True, False
-            self.monitor.execute("stop")
+            self.monitor.finish("stop", self._begin_stop())
             self.events()
+
+    def _begin_stop(self) -> int:
+        self._stopped[16] = 1
+        self._asked_at = time.time_ns() // 1000
+        self.own_stop, self.running = True, False
+        return self.monitor.begin("stop")
 
     def go(self) -> None:
         """If it stands for our sake, it goes on."""
@@ -187,15 +196,14 @@ class Vm:
             self.holder.go()
             self.events()
 
-    def begin_save(self) -> None:
-        """QEMU writes the device state into `state_fd` from now on."""
+    def _begin_save(self) -> None:
         self.end_save()
         os.ftruncate(self.state_fd, 0)
         os.lseek(self._position, 0, os.SEEK_SET)  # QEMU's descriptor is a copy of this one, and shares its place
         self._saving = self.monitor.begin(_SAVE, {"filename": f"/dev/fdset/{self._fdset}", "live": False})
 
     def end_save(self) -> int:
-        """Wait until it has; the bytes of the state, 0 if none was begun."""
+        """Wait until the device state is in `state_fd`; its bytes, 0 if none was asked for."""
         if not self._saving:
             return 0
         number, self._saving = self._saving, 0
@@ -227,6 +235,8 @@ class Vm:
             self.holder.open()
         self.go()
         until = time.monotonic() + _LET_GO
+        if self.running and self.holder.leaving_bytes > _LITTLE:
+            time.sleep(_SETTLE)
         while self.running and self.holder.leaving_bytes > _LITTLE and time.monotonic() < until:
             time.sleep(0.001)
             self.events()
@@ -251,6 +261,18 @@ class Vm:
 def _stamp(event: Event) -> int:
     at = event.get("timestamp", {})
     return int(at.get("seconds", 0)) * 1_000_000 + int(at.get("microseconds", 0))
+
+
+def stands_for_us(runtime: Path, pid: int) -> bool:
+    """That QEMU was stopped by a keeper in `runtime`, which was killed before it let the guest go on."""
+    try:
+        return _says((runtime / STOPPED_FILE).read_bytes()[:17], _run_of(pid))
+    except OSError:
+        return False
+
+
+def _says(stopped: bytes, run: bytes) -> bool:
+    return stopped == run + b"\1"
 
 
 def _run_of(pid: int) -> bytes:
