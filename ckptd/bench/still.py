@@ -48,7 +48,7 @@ class _NoGate:
 class StillGuest:
     """Implements Guest over memory that it is given."""
 
-    kind, vcpus, opens_at_detach = "sim", 1, False
+    kind, vcpus, opens_at_detach, copies_early = "sim", 1, False, False
 
     def __init__(self, name: str, geometry: Geometry, memory: Memory) -> None:
         self.name, self.geometry, self.memory = name, geometry, memory

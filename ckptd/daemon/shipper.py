@@ -19,6 +19,7 @@ import numpy as np
 
 from ckptd.daemon.figures import Recent
 from ckptd.daemon.link import Link
+from ckptd.daemon.stage import Stage
 from ckptd.errors import DigestMismatch, TrackerError
 from ckptd.guests.base import Guest
 from ckptd.memory.batch import DELTA, RAW, ZERO, DeltaCache, Kinds
@@ -84,7 +85,7 @@ class Shipper:
         self.flights: deque[Flight] = deque()
         self.counters = Counters()
         self.pause_ms, self.commit_ms = Recent(), Recent()
-        self._stage: Rows = np.zeros((max(1, stage_bytes // PAGE_SIZE), PAGE_SIZE), dtype=np.uint8)
+        self._stage = Stage(stage_bytes)
         self.batch_pages = min(batch_bytes // PAGE_SIZE, self.stage_pages)
         self.encoding: Encoding = encoding
         self._cache = DeltaCache(cache_bytes) if encoding != "raw" and cache_bytes else None
@@ -102,7 +103,7 @@ class Shipper:
 
     @property
     def stage_pages(self) -> int:
-        return len(self._stage)
+        return self._stage.capacity
 
     def retune(self, *, batch_bytes: int, encoding: Encoding) -> None:
         """New values from a changed configuration, between epochs."""
@@ -216,11 +217,13 @@ class Shipper:
             await self.precopy(link, machine, flight, most=most, enough=enough)
         await link.room(0)
         while True:
+            early = self._copy_early(flight)
             flight.began = began = time.monotonic_ns()
             await self.guest.pause()
             running = False
             try:
-                dirty = self._take()
+                fresh = self._take()
+                dirty = fresh.merge(early)
                 if dirty.overflowed and flight.iterations >= most:  # the log loses pages faster than they can be sent
                     dirty = DirtySet.everything(self.geometry)
                 big = dirty.overflowed or dirty.pages > self.stage_pages
@@ -235,13 +238,13 @@ class Shipper:
                     continue
                 flight.dirty.append(dirty)
                 if not big:
-                    staged = self._copy(dirty)
+                    self._stage.copy(self.guest, fresh)
                 state = await self.guest.save_state(go_on=not (big or final or stay))
                 if late := self.guest.late():
                     dirty = self._with_late(flight, dirty, late)
                     big = big or dirty.pages > self.stage_pages
                     if not big:
-                        staged = self._copy(dirty)
+                        self._stage.copy(self.guest, late)
                 if big:
                     await self._stream(link, machine, flight, dirty)
                 gate = self.guest.gate
@@ -255,7 +258,7 @@ class Shipper:
         self.counters.dirty_pages += dirty.pages
         self.counters.raw_bytes += dirty.pages * PAGE_SIZE
         if not big:
-            for region, gfns, rows in staged:
+            for region, gfns, rows in self._stage.batches(self.batch_pages):
                 self._ship_rows(link, machine, flight, region, gfns, rows, 0)
                 await self._breathe(link)
         link.send(machine.save_state(state))
@@ -297,15 +300,18 @@ class Shipper:
             raise TrackerError("the log lost pages while devices were saved", hint="the guest is compared anew")
         return dirty.merge(late)
 
-    def _copy(self, dirty: DirtySet) -> list[tuple[int, Gfns, Rows]]:
-        """The dirty pages into the stage, in batches."""
-        staged, at = [], 0
-        for region, gfns in dirty.batches(self.batch_pages):
-            rows = self._stage[at : at + len(gfns)]
-            self.guest.read_pages(region, gfns, rows)
-            staged.append((region, gfns, rows))
-            at += len(gfns)
-        return staged
+    def _copy_early(self, flight: Flight) -> DirtySet:
+        """What is copied before the pause need not be copied in it. The stage holds these pages then, and no others."""
+        self._stage.clear()
+        if not self.guest.copies_early or self.guest.tracker.needs_pause:
+            return DirtySet.empty(len(self.geometry))
+        early = self._take()
+        if early.overflowed or early.pages > self.stage_pages:
+            self.pending = early
+            return DirtySet.empty(len(self.geometry))
+        flight.dirty.append(early)
+        self._stage.copy(self.guest, early)
+        return early
 
     async def _stream(self, link: Link, machine: PrimaryMachine, flight: Flight, dirty: DirtySet) -> None:
         """More than the stage holds, and precopy does not converge: send from the paused guest itself."""

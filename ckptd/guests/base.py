@@ -80,6 +80,10 @@ class Guest(Protocol):
         """16 random bytes, made when the guest was started: a guest started anew is another one."""
 
     @property
+    def copies_early(self) -> bool:
+        """A harvest and its copies take long beside the rest of a pause: worth doing once before it, too."""
+
+    @property
     def tracker(self) -> Tracker: ...
     @property
     def gate(self) -> Gate: ...

@@ -41,6 +41,7 @@ class SteppedGuest:
         self.tracker = BitmapTracker(geometry, log)
         self.gate = SimGate(np.zeros(gate_bytes(1 << 20), dtype=np.uint8))
         self.paused = False
+        self.copies_early = False
         self.devices: list[int] = []  # pages of the last region that are written while devices are saved
         self.tracker.start()
 
@@ -58,6 +59,8 @@ class SteppedGuest:
     async def pause(self) -> None:
         if self.paused:
             raise StateError("the guest is paused already")
+        if self.copies_early:
+            self.step(2)  # it runs until it stands
         self.paused = True
 
     async def resume(self) -> None:
@@ -65,7 +68,7 @@ class SteppedGuest:
             raise StateError("the guest is not paused")
         self.paused = False
 
-    async def save_state(self) -> bytes:
+    async def save_state(self, *, go_on: bool = False) -> bytes:
         for page in self.devices:
             self.memory[-1][page] += 1
         return self.machine.save()

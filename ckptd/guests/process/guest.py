@@ -64,6 +64,7 @@ class ProcessGuest(Generic[D, G]):
 
     kind: ClassVar[str]
     opens_at_detach: ClassVar[bool] = False
+    copies_early: ClassVar[bool] = False
     module: ClassVar[str]
     """What `python -m` runs as the guest's process."""
 

@@ -39,6 +39,7 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
     """`tracker`: "auto", "pagemap" or "soft-dirty". Its geometry is known once it is attached."""
 
     kind = "qemu"
+    copies_early = True
     opens_at_detach = True  # the VM was there before us, and its network flows when we are gone
     module = "ckptd.guests.qemu.process"
 

@@ -16,6 +16,7 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -27,7 +28,7 @@ from typing import TypeVar
 from ckptd.errors import CkptdError, GuestError, StateError
 from ckptd.guests.base import Still
 from ckptd.guests.process.output import append
-from ckptd.guests.qemu.cmdline import Overrides, standby_command
+from ckptd.guests.qemu.cmdline import Overrides, parse, standby_command
 from ckptd.guests.qemu.qmp import Monitor, QmpError
 from ckptd.guests.qemu.ram import backends_of, geometry_of
 from ckptd.guests.qemu.state import decode
@@ -206,6 +207,7 @@ class QemuStandby:
         """Would it take the state? Over a private mapping, silently, and touching no disk. Raises GuestError."""
         monitor, log = self._runtime / "rehearsal.qmp", self._runtime / "rehearsal.log"
         command = [_private(word, plan[1].values()) for word in self._command(plan, monitor)]
+        _refuse_missing_taps(command)
         qemu = await self._started(command, plan[0], monitor, log)
         try:
             async with still() as state:  # a device state fits the memory of its own epoch only
@@ -343,6 +345,18 @@ def _private(word: str, files: Iterable[str]) -> str:
             hint="in the standby's command, name the files as -object memory-backend-file,...,mem-path={ram:ID}",
         )
     return word
+
+
+def _refuse_missing_taps(command: Sequence[str]) -> None:
+    """As root QEMU makes a tap that it does not find, and it leads nowhere. Raises GuestError."""
+    for option in parse(command[1:]):
+        pairs = option.pairs if option.name in ("netdev", "nic", "net") else {}
+        name = str(pairs.get("ifname", ""))
+        if pairs.get("type") == "tap" and name and pairs.get("script") == "no":
+            try:
+                socket.if_nametoindex(name)
+            except OSError:
+                raise GuestError(f"there is no tap device {name} here, and no script is to make it") from None
 
 
 def _has_word(pid: int, word: str) -> bool:
