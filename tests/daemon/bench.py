@@ -25,12 +25,18 @@ __all__ = ["CALM", "SteppedGuest", "serve"]
 CALM = Timing(10**12, 2 * 10**12)
 
 
+class _AtAnyTime(BitmapTracker):
+    """Here the guest never runs beside its harvester."""
+
+    needs_pause = False
+
+
 class SteppedGuest:
     """A Guest that moves only when `step` is called, and never while it is paused."""
 
     name, kind, run, opens_at_detach = "vm", "sim", RUN, False
 
-    def __init__(self, geometry: Geometry, *, output_every: int = 2, batch: int = 8) -> None:
+    def __init__(self, geometry: Geometry, *, output_every: int = 2, batch: int = 8, early: bool = False) -> None:
         self.geometry = geometry
         params = Params(geometry, seed=5, vcpus=2, workload="kv", output_every=output_every, batch=batch)
         self.vcpus = params.vcpus
@@ -38,10 +44,10 @@ class SteppedGuest:
         words = [np.zeros(region.size_bytes // 8, dtype=np.uint64) for region in geometry]
         self.memory = [one.view(np.uint8).reshape(-1, PAGE_SIZE) for one in words]
         self.machine = Machine(params, words, BitmapLog(geometry, log))
-        self.tracker = BitmapTracker(geometry, log)
+        self.tracker = (_AtAnyTime if early else BitmapTracker)(geometry, log)
         self.gate = SimGate(np.zeros(gate_bytes(1 << 20), dtype=np.uint8))
         self.paused = False
-        self.copies_early = False
+        self.copies_early = early
         self.devices: list[int] = []  # pages of the last region that are written while devices are saved
         self.tracker.start()
 

@@ -32,8 +32,7 @@ class Bench:
     """A shipper, its guest, and what the other side holds."""
 
     def __init__(self, encoding: Encoding = "raw", stage_pages: int = 64, *, early: bool = False) -> None:
-        self.guest = SteppedGuest(GEOMETRY)
-        self.guest.copies_early = early
+        self.guest = SteppedGuest(GEOMETRY, early=early)
         self.shipper = Shipper(
             self.guest, stage_bytes=stage_pages * PAGE_SIZE, batch_bytes=16 * PAGE_SIZE, encoding=encoding,
             cache_bytes=1 << 20,
