@@ -24,23 +24,21 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-# What the programs of kvm guests are assembled with. Without it, and without /dev/kvm, those tests say so and are skipped.
+# What guests are assembled with and run in. What cannot be had is said, and its tests are skipped.
 .PHONY: system
 system:
-	@if ! command -v as >/dev/null || ! command -v ld >/dev/null; then \
-	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	        apt-get update -qq && apt-get install -y -qq binutils; \
-	    else echo "the assembler of binutils is missing: kvm guests cannot be tried here" >&2; fi; fi
+	@missing=; \
+	command -v as >/dev/null && command -v ld >/dev/null || missing="$$missing binutils"; \
+	command -v qemu-system-x86_64 >/dev/null || missing="$$missing qemu-system-x86"; \
+	command -v ip >/dev/null || missing="$$missing iproute2"; \
+	[ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; } \
+	    || echo "missing here:$$missing; kvm and qemu guests cannot all be tried" >&2
 
 demo: setup system  ## see it work: two daemons, a guest, a killed primary; 10 seconds
 	$(BIN)/ckptd demo --seconds 10
 
-# Nothing of the guest is installed here, so root is needed for QEMU and the assembler only.
 demo-guest: setup system  ## build the small Linux guest that the qemu demo runs, from Debian packages
-	@if ! command -v qemu-system-x86_64 >/dev/null; then \
-	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	        apt-get update -qq && apt-get install -y -qq --no-install-recommends qemu-system-x86; \
-	    else echo "the guest can be built but not run here: install qemu-system-x86" >&2; fi; fi
 	$(BIN)/python -m ckptd.demo.linux
 
 test: setup system  ## run the tests
