@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from ckptd.config import (
     Adaptive,
@@ -364,3 +364,41 @@ def test_any_text_is_an_address_or_refused(text: str) -> None:
         return
     assert host
     assert 0 <= port <= 65535
+
+
+# A qemu guest.
+
+
+def qemu(**guest: object) -> dict[str, Any]:
+    return {"guest": {"name": "vm", "kind": "qemu", **guest}, "secondary": {"address": "127.0.0.1:7070"}}
+
+
+def test_a_qemu_guest_has_its_own_keys_and_a_large_gate() -> None:
+    guest = PrimaryConfig.model_validate(qemu(qmp="/run/q", disks="shared", ignore_ram=["vga.vram"])).guest
+    assert (guest.qmp, guest.disks, guest.ignore_ram) == (Path("/run/q"), "shared", ("vga.vram",))
+    assert guest.gate_capacity == 64 << 20 and guest.pages == {}
+
+
+@pytest.mark.parametrize(
+    ("guest", "said"),
+    [
+        ({}, "needs qmp"),
+        ({"qmp": "/run/q", "memory": "1GiB"}, "memory is not a key of a qemu guest"),
+        ({"qmp": "/run/q", "vcpus": 2}, "vcpus is not a key of a qemu guest"),
+        ({"qmp": "/run/q", "tracker": "ring"}, "must be one of auto, pagemap, soft-dirty for a qemu guest"),
+        ({"qmp": "/run/q", "disks": "mirror"}, "refuse"),
+    ],
+)
+def test_what_is_wrong_for_a_qemu_guest_is_said(guest: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        PrimaryConfig.model_validate(qemu(**guest))
+
+
+@pytest.mark.parametrize("kind", ["sim", "kvm"])
+def test_keys_of_a_qemu_guest_are_refused_for_others(kind: str) -> None:
+    raw = {"guest": {"name": "vm", "kind": kind, "qmp": "/run/q"}, "secondary": {"address": "127.0.0.1:7070"}}
+    with pytest.raises(ValidationError, match=f"qmp is not a key of a {kind} guest"):
+        PrimaryConfig.model_validate(raw)
+    entry = {"name": "vm", "kind": kind, "standby": {"drop": ["D"]}}
+    with pytest.raises(ValidationError, match=f"standby is not a key of a {kind} guest"):
+        SecondaryConfig.model_validate({"listen": {"address": "127.0.0.1:7070"}, "guest": [entry]})

@@ -2,8 +2,8 @@
 
 One guest under TCG, which writes pages at a steady rate and counts in a loop, seen in one run: alone; with QEMU's own
 stop, save and cont at 20 times a second (bare); protected with 20 epochs a second, then with 10 and 40; detached, alone
-and bare once more; then protected, killed, and promoted in the warm standby. Two more are promoted cold, and with more RAM. A pause lasts from before `stop` until
-QEMU has answered `cont`, in bare and in ours.
+and bare once more; then protected, killed, and promoted in the warm standby. Another is promoted cold, and two more
+with more RAM. A pause lasts from before `stop` until QEMU has answered `cont`, in bare and in ours.
 """
 
 from __future__ import annotations
