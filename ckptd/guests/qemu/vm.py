@@ -27,7 +27,8 @@ from ckptd.guests.qemu.qmp import Event, Monitor, QmpError
 from ckptd.guests.qemu.ram import geometry_of
 from ckptd.guests.qemu.refusals import refusals, run_state
 from ckptd.guests.qemu.spec import QemuSpec
-from ckptd.guests.qemu.survey import Survey, survey
+from ckptd.guests.qemu.survey import Survey
+from ckptd.guests.qemu.surveyor import survey
 from ckptd.memory.regions import Geometry
 
 __all__ = ["STOPPED_BYTES", "STOPPED_FILE", "Vm", "stands_for_us"]

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from ckptd.errors import CkptdError, ConfigError, GuestError
 from ckptd.guests.qemu.cmdline import FLAGS, Option, Overrides, join, parse, split, standby_command
-from ckptd.guests.qemu.survey import Backend, Chardev, ConfigFile, Device, Survey, survey
+from ckptd.guests.qemu.survey import Backend, Chardev, ConfigFile, Device, Survey
+from ckptd.guests.qemu.surveyor import survey
 from tests.guests.qemu.machines import QEMU, Machine, copy_ram, needs_qemu, started
 
 PLAIN = ["-display", "none", "-nodefaults"]

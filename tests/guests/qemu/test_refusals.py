@@ -11,7 +11,8 @@ import pytest
 
 from ckptd.errors import ConfigError, GuestError
 from ckptd.guests.qemu.refusals import DISK_CHOICES, RUN_STATES, refusals, run_state
-from ckptd.guests.qemu.survey import Backend, Block, Device, Disk, Netdev, Survey, survey
+from ckptd.guests.qemu.survey import Backend, Block, Device, Disk, Netdev, Survey
+from ckptd.guests.qemu.surveyor import survey
 from tests.guests.qemu.machines import Machine, needs_qemu, started
 
 RAM = Backend("pc.ram", "memory-backend-ram", 64 << 20, False, True, "pc.ram", 4096, 4096)

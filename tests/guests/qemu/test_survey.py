@@ -11,19 +11,11 @@ import msgpack
 import pytest
 
 from ckptd.errors import GuestError
-from ckptd.guests.qemu import survey as module
+from ckptd.guests.qemu import proc, surveyor
 from ckptd.guests.qemu.cmdline import parse
-from ckptd.guests.qemu.survey import (
-    Backend,
-    Netdev,
-    Nic,
-    Survey,
-    classify,
-    parse_flat_ranges,
-    parse_network,
-    parse_ram_blocks,
-    survey,
-)
+from ckptd.guests.qemu.hmp import classify, parse_flat_ranges, parse_network, parse_ram_blocks
+from ckptd.guests.qemu.survey import Backend, Netdev, Nic, Survey
+from ckptd.guests.qemu.surveyor import survey
 from tests.guests.qemu.machines import Machine, needs_qemu, started
 
 PLAIN = ["-display", "none", "-nodefaults", "-S"]
@@ -200,21 +192,21 @@ def test_ram_of_which_a_part_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     with started(*PLAIN, "-m", "64") as qemu:
         whole = surveyed(qemu).ram[0]
         assert whole.address is not None
-        real = module._mappings
+        real = proc.mappings
 
-        def cut(pid: int) -> list[module._Mapping]:
+        def cut(pid: int) -> list[proc.Mapped]:
             hole = whole.address + (1 << 20)
             return [
                 dataclasses.replace(part, end=hole) if part.start <= hole < part.end else part for part in real(pid)
             ]
 
-        monkeypatch.setattr(module, "_mappings", cut)
+        monkeypatch.setattr(surveyor, "mappings", cut)
         found = surveyed(qemu).ram[0]
         assert found.address is None and found.problem == f"it is mapped to {whole.address + (1 << 20):#x} only"
 
 
-def mapping(start: int, end: int, access: str = "rw-s", offset: int = 0, inode: int = 5) -> module._Mapping:
-    return module._Mapping(start, end, access, offset, "00:01", inode, "/memfd:x")
+def mapping(start: int, end: int, access: str = "rw-s", offset: int = 0, inode: int = 5) -> proc.Mapped:
+    return proc.Mapped(start, end, access, offset, "00:01", inode, "/memfd:x")
 
 
 @pytest.mark.parametrize(
@@ -232,8 +224,8 @@ def mapping(start: int, end: int, access: str = "rw-s", offset: int = 0, inode: 
         ([], "no memory"),
     ],
 )
-def test_whether_mappings_cover_a_backend(parts: list[module._Mapping], problem: str | None) -> None:
-    first, said = module._fit(parts, 0x2000, 0x4000, True)
+def test_whether_mappings_cover_a_backend(parts: list[proc.Mapped], problem: str | None) -> None:
+    first, said = proc.fit(parts, 0x2000, 0x4000, True)
     assert (said is None) == (problem is None) == (first is not None)
     assert problem is None or (said is not None and problem in said)
 
@@ -323,7 +315,7 @@ def test_which_netdev_has_vhost() -> None:
     netdevs = parse_network(NETWORK)[0]
 
     def marked(*argv: str, opened: tuple[str, ...] = ("/dev/vhost-net",)) -> list[str]:
-        return [netdev.id for netdev in module._with_vhost(netdevs, parse(argv), opened) if netdev.vhost]
+        return [netdev.id for netdev in surveyor._with_vhost(netdevs, parse(argv), opened) if netdev.vhost]
 
     assert marked("-netdev", "tap,id=t0,vhost=on", opened=()) == []  # QEMU fell back
     assert marked("-netdev", "tap,id=t0,vhost=on") == ["t0"]
