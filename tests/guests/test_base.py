@@ -38,7 +38,7 @@ def test_other_kinds_come_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> Non
         return EntryPoints([entry]).select(**wanted)
 
     monkeypatch.setattr(base, "entry_points", installed)
-    assert guest_kinds() == ("kvm", "mine", "sim")
+    assert guest_kinds() == ("kvm", "mine", "qemu", "sim")
     assert guest_kind("mine") is KIND
 
 
