@@ -373,6 +373,15 @@ def qemu(**guest: object) -> dict[str, Any]:
     return {"guest": {"name": "vm", "kind": "qemu", **guest}, "secondary": {"address": "127.0.0.1:7070"}}
 
 
+def test_serial_ports_have_their_files_on_both_sides(file: Callable[[str], Path]) -> None:
+    primary = PRIMARY.replace("[secondary]", 'kind = "qemu"\nqmp = "/q"\nchardevs = { serial0 = "/c" }\n[secondary]')
+    loaded = load_primary(file(primary), {})
+    assert loaded.config.guest.chardevs == {"serial0": Path("/c")}
+    assert loaded.origins["guest.chardevs.serial0"] == "file"
+    secondary = load_secondary(file(SECONDARY + 'kind = "qemu"\nchardevs = { serial0 = "/d" }'), {}).config
+    assert secondary.guest[0].chardevs == {"serial0": Path("/d")} and not secondary.guest[0].standby.command
+
+
 def test_a_qemu_guest_has_its_own_keys_and_a_large_gate() -> None:
     guest = PrimaryConfig.model_validate(qemu(qmp="/run/q", disks="shared", ignore_ram=["vga.vram"])).guest
     assert (guest.qmp, guest.disks, guest.ignore_ram) == (Path("/run/q"), "shared", ("vga.vram",))
@@ -387,6 +396,9 @@ def test_a_qemu_guest_has_its_own_keys_and_a_large_gate() -> None:
         ({"qmp": "/run/q", "vcpus": 2}, "vcpus is not a key of a qemu guest"),
         ({"qmp": "/run/q", "tracker": "ring"}, "must be one of auto, pagemap, soft-dirty for a qemu guest"),
         ({"qmp": "/run/q", "disks": "mirror"}, "refuse"),
+        ({"qmp": "/run/q", "chardevs": {"serial0": "console"}}, "'console' is not an absolute path"),
+        ({"qmp": "/run/q", "chardevs": {"": "/c"}}, "has an empty label"),
+        ({"qmp": "/run/q", "chardevs": {"a": "/c", "b": "/c"}}, "has the file /c for both a and b"),
     ],
 )
 def test_what_is_wrong_for_a_qemu_guest_is_said(guest: dict[str, object], said: str) -> None:
@@ -396,9 +408,16 @@ def test_what_is_wrong_for_a_qemu_guest_is_said(guest: dict[str, object], said: 
 
 @pytest.mark.parametrize("kind", ["sim", "kvm"])
 def test_keys_of_a_qemu_guest_are_refused_for_others(kind: str) -> None:
-    raw = {"guest": {"name": "vm", "kind": kind, "qmp": "/run/q"}, "secondary": {"address": "127.0.0.1:7070"}}
+    raw = qemu(qmp="/run/q")
+    raw["guest"]["kind"] = kind
     with pytest.raises(ValidationError, match=f"qmp is not a key of a {kind} guest"):
         PrimaryConfig.model_validate(raw)
+    raw["guest"] = {"name": "vm", "kind": kind, "chardevs": {"serial0": "/c"}}
+    with pytest.raises(ValidationError, match=f"chardevs is not a key of a {kind} guest"):
+        PrimaryConfig.model_validate(raw)
+    entry = {"name": "vm", "kind": kind, "chardevs": {"serial0": "/c"}}
+    with pytest.raises(ValidationError, match=f"chardevs is not a key of a {kind} guest"):
+        SecondaryConfig.model_validate({"listen": {"address": "127.0.0.1:7070"}, "guest": [entry]})
     entry = {"name": "vm", "kind": kind, "standby": {"drop": ["D"]}}
     with pytest.raises(ValidationError, match=f"standby is not a key of a {kind} guest"):
         SecondaryConfig.model_validate({"listen": {"address": "127.0.0.1:7070"}, "guest": [entry]})

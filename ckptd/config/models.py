@@ -63,6 +63,18 @@ Words = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if
 Interval = Annotated[Duration, durations(MS, 10 * MINUTE)]
 
 
+def _own_files(value: dict[str, Path]) -> dict[str, Path]:
+    for label, path in value.items():
+        if not label:
+            raise wrong("has an empty label", "labels are those of query-chardev: serial0, or an id of your own")
+        if twin := next((other for other in value if other != label and value[other] == path), None):
+            raise wrong(f"has the file {path} for both {label} and {twin}", "give each chardev a file of its own")
+    return value
+
+
+Chardevs = Annotated[dict[str, FilePath], Field(max_length=64), AfterValidator(_own_files)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -122,7 +134,7 @@ _KINDS: Mapping[str, _KindKeys] = {
 }
 Kind = Literal["sim", "kvm", "qemu"]
 
-_OF_QEMU = ("qmp", "disks", "ignore_ram")
+_OF_QEMU = ("qmp", "disks", "ignore_ram", "chardevs")
 _NOT_OF_QEMU = ("memory", "regions", "vcpus", "workload", "seed", "ring_entries", "dirty_rate", "output_every")
 
 
@@ -148,6 +160,7 @@ class GuestConfig(_Section):
     qmp: FilePath | None = None
     disks: Literal["refuse", "shared", "ignore"] = "refuse"
     ignore_ram: Words = ()
+    chardevs: Chardevs = {}
 
     @field_validator("workload", "tracker", "ring_entries")
     @classmethod
@@ -311,12 +324,15 @@ class GuestEntry(_Section):
     name: Name
     kind: Kind = "sim"
     output: FilePath
+    chardevs: Chardevs = {}
     standby: StandbyCommand = StandbyCommand()
 
     @model_validator(mode="after")
     def _of_qemu(self) -> Self:
         if self.kind != "qemu" and self.standby != StandbyCommand():
             raise wrong(f"standby is not a key of a {self.kind} guest", "only QEMU has a command line")
+        if self.kind != "qemu" and self.chardevs:
+            raise wrong(f"chardevs is not a key of a {self.kind} guest", "only QEMU has chardevs")
         return self
 
 

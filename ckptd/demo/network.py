@@ -28,7 +28,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(slots=True)
 class Bridge:
-    """`cards` network devices, each with a tap on both hosts of this one machine, all on one bridge."""
+    """`cards` network devices, each with a tap on both hosts of this one machine, and a bridge that both are on."""
 
     cards: int = 1
     same_connection: bool = True
@@ -48,9 +48,9 @@ class Bridge:
         """What is otherwise on the side that takes over."""
         return {f"tap-a{card}": f"tap-b{card}" for card in range(self.cards)}
 
-    def address(self, port: int, *, there: bool) -> tuple[str, int]:
+    def address(self, port: int, *, there: bool, card: int = 0) -> tuple[str, int]:
         """Where a port of the guest is found."""
-        return "10.0.2.15", port
+        return f"10.0.{2 + card}.15", port
 
 
 @dataclass(slots=True)
@@ -72,7 +72,7 @@ class User:
     def replace(self) -> dict[str, str]:
         return {f"127.0.0.1:{here}-": f"127.0.0.1:{there}-" for here, there in self.forwards.values()}
 
-    def address(self, port: int, *, there: bool) -> tuple[str, int]:
+    def address(self, port: int, *, there: bool, card: int = 0) -> tuple[str, int]:
         return "127.0.0.1", self.forwards[port][there]
 
 
@@ -91,16 +91,35 @@ def enter(ports: Sequence[int], cards: int = 1, *, wanted: str = "auto") -> tupl
         raise CkptdError(f"there can be no tap devices: {why}", hint="use --network user")
     if why:
         return User(ports), why
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        why = _own_namespace(cards)
+        if not why:
+            return Bridge(cards), ""
+        if _libc.setns(before, _CLONE_NEWNET) < 0:
+            raise CkptdError(f"there is no way back to this host's network: {os.strerror(ctypes.get_errno())}")
+    finally:
+        os.close(before)
+    if wanted == "tap":
+        raise CkptdError(f"there can be no tap devices: {why}", hint="use --network user")
+    return User(ports), why
+
+
+def _own_namespace(cards: int) -> str:
+    """This thread enters one with bridges and taps in it. What has failed, if anything has."""
     if _libc.unshare(_CLONE_NEWNET) < 0:
-        return User(ports), f"a network namespace cannot be made: {os.strerror(ctypes.get_errno())}"
-    commands = ["link set lo up", "link add br0 type bridge", "addr add 10.0.2.2/24 dev br0", "link set br0 up"]
-    for tap in (f"tap-{side}{card}" for card in range(cards) for side in "ab"):
-        commands += [f"tuntap add {tap} mode tap", f"link set {tap} master br0 up"]
+        return f"a network namespace cannot be made: {os.strerror(ctypes.get_errno())}"
+    commands = ["link set lo up"]
+    for card in range(cards):
+        commands += [f"link add br{card} type bridge", f"addr add 10.0.{2 + card}.2/24 dev br{card}"]
+        commands += [f"link set br{card} up"]
+        for tap in (f"tap-{side}{card}" for side in "ab"):
+            commands += [f"tuntap add {tap} mode tap", f"link set {tap} master br{card} up"]
     for command in commands:
         done = subprocess.run(["ip", *command.split()], capture_output=True, text=True, check=False)
-        if done.returncode:  # this thread is in a namespace without a way out: nothing else can be had any more
-            raise CkptdError(f"`ip {command}` failed: {done.stderr.strip()}", hint="use --network user")
-    return Bridge(cards), ""
+        if done.returncode:
+            return f"`ip {command}` failed: {done.stderr.strip()}"
+    return ""
 
 
 def _why_not() -> str:

@@ -33,12 +33,13 @@ __all__ = ["CountingClient", "QemuPair", "QemuSetting"]
 _GUEST = "demo"
 _LOOK = 0.02
 _BOOT = 120.0
-_PATIENCE = 30.0  # seconds that a client waits for one number: a promotion takes one, a busy machine many
+_PATIENCE = 60.0  # seconds that a client waits for one number: a promotion takes one, a busy machine many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QemuSetting:
-    """What runs. RAM is shared or `private`; `patterns` and `dirty` are as LinuxGuest.command_line has them."""
+    """What runs. RAM is shared or `private`; `patterns` and `dirty` are as LinuxGuest.command_line has them; with
+    `gate_kib` held the guest is stopped."""
 
     memory_mib: int = 512
     private: bool = False
@@ -47,6 +48,7 @@ class QemuSetting:
     patterns: tuple[int, int] | None = None
     dirty: tuple[int, int] | None = None
     spin: bool = False
+    gate_kib: int = 64 << 10
 
 
 class CountingClient:
@@ -188,6 +190,14 @@ class QemuPair:
         self._write_files()
         self.primary.reload()
 
+    def kill_secondary(self) -> None:
+        """SIGKILL to the secondary daemon; its standby is left alone, and waits."""
+        self.secondary.kill()
+
+    def restart_secondary(self) -> None:
+        self.secondary.start()
+        self.secondary.wait_ready()
+
     def kill_standby(self) -> None:
         """SIGKILL to the QEMU that waits."""
         kill_guest(self._there / _GUEST)
@@ -216,9 +226,9 @@ class QemuPair:
         """A client of the guest's counter."""
         return CountingClient(self.network.address(COUNTER_PORT, there=there))
 
-    def ask(self, port: int, line: str, *, there: bool = False, seconds: float = _PATIENCE) -> str:
-        """One line to one of the guest's servers, and its answer."""
-        with socket.create_connection(self.network.address(port, there=there), timeout=seconds) as sock:
+    def ask(self, port: int, line: str, *, there: bool = False, seconds: float = _PATIENCE, card: int = 0) -> str:
+        """One line to one of the guest's servers, and its answer; on that card's address."""
+        with socket.create_connection(self.network.address(port, there=there, card=card), timeout=seconds) as sock:
             stream = sock.makefile("rwb", 0)
             stream.write(line.encode() + b"\n")
             return stream.readline().decode().strip()
@@ -272,7 +282,10 @@ class QemuPair:
     def _write_files(self) -> None:
         address = f"127.0.0.1:{self._port}"
         self._files[0].write_text(write_toml({
-            "guest": {"name": _GUEST, "kind": "qemu", "qmp": str(self._qmp)},
+            "guest": {
+                "name": _GUEST, "kind": "qemu", "qmp": str(self._qmp),
+                "gate_capacity": f"{self.setting.gate_kib}KiB",
+            },
             "secondary": {"address": address},
             "checkpoint": {"interval": f"{self.setting.interval_ms}ms"},
             "runtime": {"dir": str(self._here)},
@@ -281,8 +294,12 @@ class QemuPair:
             "listen": {"address": address},
             "replica": {"dir": str(self.replicas), "history": 4, "history_bytes": "256MiB", "reserve": "32MiB"},
             "[guest]": {"name": _GUEST, "kind": "qemu"},
-            "guest.standby": {"replace": self.network.replace()},
+            "guest.standby": {"replace": self.network.replace(), **self._standby_binary()},
             "runtime": {"dir": str(self._there)},
         }))  # fmt: skip
         for place in (self._here, self._there):
             place.mkdir(exist_ok=True)
+
+    def _standby_binary(self) -> dict[str, object]:
+        """A script that starts QEMU is none that a secondary could find: it sees the program that this has become."""
+        return {"binary": self.setting.binary} if "/" in self.setting.binary else {}

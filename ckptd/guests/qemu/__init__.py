@@ -26,6 +26,8 @@ class _GuestSettings(Protocol):
     @property
     def ignore_ram(self) -> Sequence[str]: ...
     @property
+    def chardevs(self) -> Mapping[str, Path]: ...
+    @property
     def tracker(self) -> str: ...
     @property
     def gate_capacity(self) -> int: ...
@@ -52,6 +54,8 @@ class _StandbySettings(Protocol):
     @property
     def output(self) -> Path | str | None: ...
     @property
+    def chardevs(self) -> Mapping[str, Path]: ...
+    @property
     def standby(self) -> _OverrideSettings: ...
 
 
@@ -60,16 +64,16 @@ class QemuKind:
 
     def make_guest(self, settings: _GuestSettings, runtime: Path) -> QemuGuest:
         assert settings.qmp is not None  # the configuration has seen to it
-        spec = QemuSpec(Path(settings.qmp), settings.disks, tuple(settings.ignore_ram))
-        return QemuGuest(
-            settings.name, spec, runtime, tracker=settings.tracker, gate_capacity=settings.gate_capacity
+        spec = QemuSpec(
+            Path(settings.qmp), settings.disks, tuple(settings.ignore_ram), tuple(settings.chardevs.items())
         )
+        return QemuGuest(settings.name, spec, runtime, tracker=settings.tracker, gate_capacity=settings.gate_capacity)
 
     def make_standby(self, settings: _StandbySettings, runtime: Path) -> QemuStandby:
         one = settings.standby
         overrides = Overrides(tuple(one.command), one.binary, dict(one.replace), tuple(one.drop), tuple(one.append))
         output = None if settings.output is None else Path(settings.output)
-        return QemuStandby(settings.name, runtime, overrides, output)
+        return QemuStandby(settings.name, runtime, overrides, output, settings.chardevs)
 
 
 KIND = QemuKind()

@@ -146,13 +146,14 @@ def parse(argv: Sequence[str]) -> list[Option]:
 
 
 def standby_command(
-    survey: Survey, *, ram_files: Mapping[str, str], monitor: str, overrides: Overrides | None = None
-) -> list[str]:
+    survey: Survey, *, ram_files: Mapping[str, str], monitor: str, overrides: Overrides | None = None,
+    configuration: bool = False,
+) -> list[str]:  # fmt: skip
     """The standby's argv, to be run in the primary's working directory (relative paths).
 
     `ram_files` has the replica's file for each backend that the guest uses; `monitor` is the path of the QMP socket
-    that the standby shall make. Raises ConfigError for overrides that do not fit, GuestError for what cannot be taken
-    along.
+    that the standby shall make; `configuration`: the device state comes with a configuration section, as a migration
+    writes it. Raises ConfigError for overrides that do not fit, GuestError for what cannot be taken along.
     """
     overrides = overrides or Overrides()
     if overrides.command:
@@ -197,9 +198,9 @@ def standby_command(
         *_default_ports(survey, kept), Option("display", "none"), Option("monitor", "none"),
         Option("qmp", f"unix:{monitor.replace(',', ',,')},server=on,wait=off"),
         Option("S"), Option("incoming", "defer"),
-        # xen-save-devices-state writes no configuration section
-        Option("global", "migration.send-configuration=off"),
     ]  # fmt: skip
+    if not configuration:
+        ends.append(Option("global", "migration.send-configuration=off"))
     binary = overrides.binary or survey.executable
     return [binary, *(word for option in (*front, *rest, *ends) for word in option.words), *overrides.append]
 

@@ -13,12 +13,17 @@ The head is in memory that the daemon maps, so that a release is two stores and 
     offset 192  u64 held       bytes that wait, for leave or for QEMU      set by the holder
     offset 256  u64 full       1: more than the capacity is held           set by the holder
     offset 320  u64 holding    0: nothing is held, packets pass through    set by the guest's process
+    offset 512  u64 filed[]    for each chardev: outputs up to here that were its own are in its file
+                                                                           moved by the holder
 
 A gate that is full cannot make QEMU wait: its main loop, which also answers the monitor, would stand still, and nobody
 could be released any more. So it takes what comes, and has the guest stopped (process.py): it never drops.
 
 While the guest stands QEMU keeps what it is given until the guest goes on, but no more than its queue holds, and drops
 what is beyond that: so the others wait here.
+
+Chardevs that are configured are held beside them (streams.py): numbered with the packets, and let go by appending to a
+file, from a thread of its own, because a disk may be slow. What was said on them goes into every checkpoint (said.py).
 """
 
 from __future__ import annotations
@@ -31,29 +36,40 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ckptd.errors import GuestError
+from ckptd.guests.process.output import append
+from ckptd.guests.qemu.said import Record, encode_said, records
+from ckptd.guests.qemu.streams import Stream
 
-__all__ = ["GATE_BYTES", "Holder", "QemuGate"]
+__all__ = ["GATE_BYTES", "MOST_CHARDEVS", "Holder", "QemuGate"]
 
 GATE_BYTES = 4096
+MOST_CHARDEVS = 64
 
 _WRITTEN, _WANTED, _RELEASED, _HELD, _FULL, _HOLDING = range(0, 48, 8)
+_FILED = 64
 _READ = 1 << 16
 _LENGTH = struct.Struct(">I")
 _MOST = 1 << 20  # bytes of a packet; QEMU sends at most 69,632
+_AGAIN = 0.5  # seconds before a file that could not be written is tried again
+_MOST_SAID = 16 << 20  # bytes of chardevs: a checkpoint's OUTPUT, of 64 MiB, has to hold them and what comes until it stands
 _QUEUE = 5000  # packets; a QEMU whose guest stands keeps 10,000 for each netdev, and drops the others
 
 
 class QemuGate:
-    """The daemon's side. `wake`: an eventfd that wakes the holder."""
+    """The daemon's side. `wake`: an eventfd that wakes the holder. `labels`: of the chardevs that are held."""
 
-    def __init__(self, head: npt.NDArray[np.uint8], wake: int) -> None:
+    def __init__(self, head: npt.NDArray[np.uint8], wake: int, labels: Sequence[str] = ()) -> None:
         self._head = head.view(np.uint64)
         self._wake = wake
+        self._labels = tuple(labels)
+        self._said: deque[Record] = deque()
+        self.heard = 0  # the last output of a chardev that is known here
         self.marked = 0  # at the last pause; the guest's process says it with its answer
 
     @property
@@ -77,8 +93,23 @@ class QemuGate:
         return self.marked
 
     def held(self, mark: int) -> bytes:
-        """Nothing: a packet that was not released is one that the network has lost, and its sender repeats it."""
-        return b""
+        """What was said on chardevs and is not in their files. Of packets nothing: one that was not released is one
+        that the network has lost, and its sender repeats it."""
+        if not self._said:
+            return b""
+        filed = [int(word) for word in self._head[_FILED : _FILED + len(self._labels)]]
+        self._said = deque(one for one in self._said if one[0] > filed[one[1]])
+        said: dict[str, bytes] = {}
+        for number, index, data in self._said:
+            if number <= mark:
+                said[self._labels[index]] = said.get(self._labels[index], b"") + data
+        return encode_said(said)
+
+    def hear(self, told: bytes) -> None:
+        """Records of what was said up to the mark, after `heard`."""
+        for one in records(told):
+            self._said.append(one)
+            self.heard = one[0]
 
     def release(self, mark: int) -> int:
         before = self.released
@@ -176,7 +207,12 @@ class Holder:
         self._capacity = capacity
         self._notice = notice
         self._lanes: list[_Lane] = []
+        self._streams: list[Stream] = []
         self._lock = threading.Lock()
+        self._due = threading.Condition(self._lock)
+        self._writer: threading.Thread | None = None
+        self._writing = False
+        self._marked = 0
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.trouble = ""
         self._ended = self._standing = False
@@ -187,6 +223,15 @@ class Holder:
         """A network device: its two sockets are the holder's from here on."""
         with self._lock:
             self._lanes.append(_Lane(name, out, back))
+        os.eventfd_write(self.wake, 1)
+
+    def add_stream(self, label: str, sock: socket.socket, path: Path) -> None:
+        """A chardev: its socket is the holder's from here on. The first one is number 0 in the head."""
+        with self._lock:
+            self._streams.append(Stream(label, len(self._streams), sock, path))
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write_out, name="files", daemon=True)
+            self._writer.start()
         os.eventfd_write(self.wake, 1)
 
     @property
@@ -220,7 +265,33 @@ class Holder:
         """With the guest stopped: the number of the last packet that it has sent."""
         with self._lock:
             self._take()
-            return int(self._head[_WRITTEN])
+            self._marked = int(self._head[_WRITTEN])
+            return self._marked
+
+    def said(self, since: int, mark: int) -> list[Record]:
+        """What was said on chardevs in (since, mark] and is not in their files, by number."""
+        with self._lock:
+            return sorted(one for stream in self._streams for one in stream.said(since, mark))
+
+    @property
+    def streams(self) -> Sequence[Stream]:
+        return tuple(self._streams)
+
+    def unsure(self) -> bool:
+        """QEMU may have more to say on a chardev, though the guest stands: its socket may have been full."""
+        with self._lock:
+            self._take()
+            return any([stream.unsure() for stream in self._streams])
+
+    def rest(self, stream: Stream) -> bytes:
+        """At the end: take away what of it is not in its file."""
+        with self._lock:
+            while self._writing:
+                self._due.wait()
+            self._take()
+            data = b"".join(bytes(data) for _, data in stream.waiting)
+            stream.left(len(stream.waiting))
+            return data
 
     def open(self) -> None:
         """Let go of everything, and hold nothing any more."""
@@ -232,6 +303,8 @@ class Holder:
         """QEMU has taken everything that was let go, or all that it has room for."""
         with self._lock:
             self._take()
+            if any(stream.waiting and not stream.trouble for stream in self._streams):
+                return False
             return all(not lane.can_push(self._standing) and not _unread(lane.back) for lane in self._lanes)
 
     @property
@@ -243,10 +316,24 @@ class Holder:
         """Devices whose filter QEMU has taken away."""
         return [lane.name for lane in self._lanes if not lane.open]
 
+    def lost_streams(self) -> Sequence[str]:
+        """Chardevs that QEMU has taken away."""
+        return [stream.label for stream in self._streams if not stream.open]
+
+    def unwritten(self) -> str:
+        """Why output that may leave is not in its file; empty if it is."""
+        return next((stream.trouble for stream in self._streams if stream.trouble), "")
+
     def close(self) -> None:
-        self._ended = True
+        with self._lock:
+            self._ended = True
+            self._due.notify_all()
         os.eventfd_write(self.wake, 1)
         self._thread.join()
+        if self._writer is not None:
+            self._writer.join()
+        for stream in self._streams:
+            stream.sock.close()
         for lane in self._lanes:
             lane.out.close()
             lane.back.close()
@@ -257,7 +344,7 @@ class Holder:
     def _run(self) -> None:
         while not self._ended:
             with self._lock:
-                lanes, standing = list(self._lanes), self._standing
+                lanes, standing, streams = list(self._lanes), self._standing, list(self._streams)
             poll = select.poll()
             poll.register(self.wake, select.POLLIN)
             for lane in lanes:
@@ -265,6 +352,9 @@ class Holder:
                     poll.register(lane.out, select.POLLIN)
                 if lane.can_push(standing):
                     poll.register(lane.back, select.POLLOUT)
+            for stream in streams:
+                if stream.open:
+                    poll.register(stream.sock, select.POLLIN)
             poll.poll()
             with suppress(BlockingIOError):
                 os.eventfd_read(self.wake)
@@ -273,6 +363,39 @@ class Holder:
                     self._take()
             except GuestError:
                 return
+
+    def _write_out(self) -> None:
+        """The thread that appends to files. It has no lock while it does."""
+        with self._lock:
+            while not self._ended:
+                wanted = int(self._head[_WANTED])
+                due = [stream for stream in self._streams if stream.due(wanted)]
+                failed = False
+                for stream in due:
+                    if not stream.due(wanted):  # `rest` has taken it, while another one was written
+                        continue
+                    number, count, data = stream.leaving(wanted)
+                    self._writing = True
+                    self._lock.release()
+                    try:
+                        append(stream.path, data)
+                        trouble = ""
+                    except GuestError as error:
+                        trouble = str(error)
+                    finally:
+                        self._lock.acquire()
+                        self._writing = False
+                        self._due.notify_all()
+                    stream.trouble = trouble
+                    if trouble:
+                        failed = True
+                        continue
+                    stream.left(count)
+                    self._head[_FILED + stream.index] = number
+                if due:
+                    self._measure()
+                if failed or not due:
+                    self._due.wait(_AGAIN if failed else None)
 
     def _take(self) -> None:
         """Everything that can be done now. The lock is held."""
@@ -283,6 +406,9 @@ class Holder:
         try:
             for lane in self._lanes:
                 head[_WRITTEN] = written = lane.take(written)
+            closed = max(self._marked, int(head[_WANTED]))
+            for stream in self._streams:
+                head[_WRITTEN] = written = stream.take(written, closed)
         except GuestError as error:
             self.trouble = str(error)
             self._notice()
@@ -293,16 +419,25 @@ class Holder:
         for lane in self._lanes:
             lane.let_go(wanted)
             lane.push(self._standing)
+        if any(stream.due(wanted) for stream in self._streams):
+            self._due.notify_all()
         head[_RELEASED] = wanted
+        self._measure()
+
+    def _measure(self) -> None:
+        """How much is held, and whether that is too much. The lock is held."""
+        head = self._head
         waiting, leaving = sum(lane.waiting_bytes for lane in self._lanes), self.leaving_bytes
+        said = sum(stream.bytes for stream in self._streams)
+        waiting += said
         head[_HELD] = waiting + leaving
         # Half of it must be free again before the guest goes on: or it would stop after every packet. What QEMU takes
         # only while the guest runs is no reason to have it stand.
         if head[_FULL]:
             stuck = self._standing and not any(lane.can_push(True) for lane in self._lanes)
-            full = waiting > self._capacity // 2 or (leaving > self._capacity and not stuck)
+            full = waiting > self._capacity // 2 or (leaving > self._capacity and not stuck) or said > _MOST_SAID // 2
         else:
-            full = waiting > self._capacity or leaving > 2 * self._capacity
+            full = waiting > self._capacity or leaving > 2 * self._capacity or said > _MOST_SAID
         if full != bool(head[_FULL]):
             head[_FULL] = full
             self._notice()

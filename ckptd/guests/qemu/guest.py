@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
-import msgpack
 import numpy as np
 import numpy.typing as npt
 
@@ -22,9 +21,9 @@ from ckptd.guests.qemu.qmp import Monitor
 from ckptd.guests.qemu.ram import PrivateRam, backends_of, geometry_of, map_backing
 from ckptd.guests.qemu.refusals import run_state
 from ckptd.guests.qemu.spec import QemuSpec
-from ckptd.guests.qemu.state import encode
+from ckptd.guests.qemu.state import described, encode
 from ckptd.guests.qemu.survey import Survey
-from ckptd.guests.qemu.vm import stands_for_us
+from ckptd.guests.qemu.vm import stands_as_saved, stands_for_us
 from ckptd.memory.dirtyset import DirtySet, Gfns
 from ckptd.memory.regions import Geometry
 from ckptd.trackers.base import Tracker
@@ -49,8 +48,8 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
         super().__init__(name, params, runtime, gate_capacity=gate_capacity, output=None)
         self._tracker_name = tracker
         self._survey: Survey | None = None
-        self._about = b""
-        self._state_fd = self._wake_fd = -1
+        self._about, self._way = b"", ""
+        self._state_fd = self._wake_fd = self._said_fd = -1
         self._late: DirtySet | None = None
         self._went_on = False  # the guest runs again, before `resume`
         self._qemu_pid = 0
@@ -86,8 +85,11 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
         monitor = Monitor(self.params.qmp)
         try:
             status = monitor.execute("query-status")["status"]
-            if status == "paused" and stands_for_us(self._runtime, monitor.peer_pid):
-                return ""
+            if status in ("paused", "postmigrate", "finish-migrate"):
+                if stands_for_us(self._runtime, monitor.peer_pid):
+                    return ""
+                if stands_as_saved(self._runtime, monitor.peer_pid):
+                    status = "paused"
             state = run_state(status)
         finally:
             monitor.close()
@@ -97,11 +99,12 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
         return {"tracker": self._tracker_name}
 
     def _parts(self, link: GuestLink, reply: dict[str, Any], fds: list[int]) -> tuple[QemuGate, Tracker, Memory]:
-        head, wake, state, exchange, about, *backing = fds
+        head, wake, state, exchange, said, about, *backing = fds
         self._close_fds()
         self._about = read_file(about)
-        self._survey = survey = Survey.from_dict(msgpack.unpackb(self._about))
-        self._state_fd, self._wake_fd = os.dup(state), os.dup(wake)
+        self._way, survey = described(self._about)
+        self._survey = survey
+        self._state_fd, self._wake_fd, self._said_fd = os.dup(state), os.dup(wake), os.dup(said)
         self._qemu_pid = int(reply["qemu"])
         memory: list[Any] = []
         for one, is_mapped in zip(backends_of(survey), reply["mapped"], strict=True):
@@ -110,7 +113,7 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
             else:
                 assert one.address is not None
                 memory.append(PrivateRam(self._qemu_pid, one.address, one.size // PAGE_SIZE, one.id))
-        gate = QemuGate(map_file(head), self._wake_fd)
+        gate = QemuGate(map_file(head), self._wake_fd, [label for label, _ in self.params.chardevs])
         # A disk that is read past the page cache counts as a write when the read begins, and its data comes later: only
         # `stop`, which waits for what disks have under way, leaves nothing of that to be missed.
         drained = reply["needs_pause"] or any(one.inserted for one in survey.disks)
@@ -121,9 +124,11 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
         now = self._now
         if now.paused:
             raise StateError("the guest is paused already", guest=self.name)
-        reply, _ = await now.link.ask_soon({"op": "pause"})
+        reply, _ = await now.link.ask_soon({"op": "pause", "since": now.gate.heard})
         now.paused = True
         now.gate.marked, self._late, self._went_on = reply["mark"], None, False
+        if reply["said"]:
+            now.gate.hear(os.pread(self._said_fd, reply["said"], 0))
         if "counts" in reply:
             cast(RemoteTracker, now.tracker).taken(reply)
 
@@ -178,10 +183,10 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
             self._close_fds()
 
     def _close_fds(self) -> None:
-        for fd in (self._state_fd, self._wake_fd):
+        for fd in (self._state_fd, self._wake_fd, self._said_fd):
             if fd >= 0:
                 os.close(fd)
-        self._state_fd = self._wake_fd = -1
+        self._state_fd = self._wake_fd = self._said_fd = -1
 
     def _facts(self, now: Attached[QemuGate] | None) -> dict[str, object]:
         facts: dict[str, object] = {"qmp": str(self.params.qmp)}
@@ -191,6 +196,7 @@ class QemuGuest(ProcessGuest[QemuSpec, QemuGate]):
             facts |= {
                 "qemu": self._survey.version, "machine": self._survey.machine, "qemu_pid": self._qemu_pid,
                 "netdevs": [one.id for one in self._survey.netdevs], "held_bytes": now.gate.held_bytes,
+                "saves_by": self._way, "chardevs": [label for label, _ in self.params.chardevs],
                 "note": now.page.note,
             }  # fmt: skip
         return facts

@@ -5,8 +5,8 @@ gate. It outlives the daemon (P5): then the guest goes on, nothing is logged, an
 gate is full the guest is stopped. It ends when QEMU ends, or when the daemon detaches: then nothing of it is left in
 QEMU. If it is killed QEMU drops what the guest says, until a new keeper takes its place.
 
-A pause is `stop`, the gate's mark, and the device state (`xen-save-devices-state`, which needs no Xen: everything but
-RAM, into a file of ours that QEMU was given by descriptor). While QEMU writes that, the dirty log is taken and the
+A pause is `stop`, the gate's mark, and the device state (everything but RAM, into a file of ours, in the way that this
+QEMU has: saving.py). While QEMU writes that, the dirty log is taken and the
 daemon copies pages; afterwards the log is taken once more, so that a device which writes to RAM as it is saved is not
 missed.
 """
@@ -29,6 +29,7 @@ from ckptd.guests.process.server import Answer, GuestServer, serve_until_end
 from ckptd.guests.process.shared import ControlPage, make_file, map_file
 from ckptd.guests.qemu.gate import GATE_BYTES
 from ckptd.guests.qemu.ram import backends_of, open_backing
+from ckptd.guests.qemu.said import write_records
 from ckptd.guests.qemu.spec import QemuSpec
 from ckptd.guests.qemu.state import describe
 from ckptd.guests.qemu.vm import STOPPED_BYTES, STOPPED_FILE, Vm
@@ -45,6 +46,7 @@ class QemuProcess:
 
     def __init__(self, listener: socket.socket, runtime: Path) -> None:
         self._server = GuestServer(listener, self._answer, self._lost)
+        self._runtime = runtime
         self._vm: Vm | None = None
         self._spec: QemuSpec | None = None
         self._tracker: Tracker | None = None
@@ -56,6 +58,7 @@ class QemuProcess:
         self._noticed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._head_fd = make_file("ckptd-gate", GATE_BYTES)
         self._head = map_file(self._head_fd)
+        self._said_fd = make_file("ckptd-said", 0)
         self._exchange_fd = -1
         self._exchange = np.empty(0, dtype=np.uint8)
         self._opened: list[int] = []
@@ -91,7 +94,9 @@ class QemuProcess:
         self._stall(vm)
         lost = ", ".join(vm.holder.lost())
         lost = f"the filter of {lost} was taken out of QEMU" if lost else ""
-        self._say(vm.holder.trouble or lost or vm.stands_because())
+        if taken := ", ".join(vm.holder.lost_streams()):
+            lost = lost or f"somebody else has changed the chardev {taken}: what it says is not held"
+        self._say(vm.holder.trouble or lost or vm.holder.unwritten() or vm.stands_because())
 
     def _stall(self, vm: Vm) -> None:
         """A full gate stops the guest, and one that is half free lets it go on: nothing is ever dropped."""
@@ -155,7 +160,7 @@ class QemuProcess:
                 tracker = self._chosen
                 return leave(tracker.harvest(), tracker.exact, self._exchange), []
             case "pause":
-                return self._pause(), []
+                return self._pause(message["since"]), []
             case "save":
                 return self._save(message["go_on"]), []
             case "resume":
@@ -172,7 +177,8 @@ class QemuProcess:
     def _create(self, spec: QemuSpec, capacity: int) -> None:
         if self._vm is not None:
             raise StateError("this process keeps a guest already")
-        self._vm, self._spec = Vm(spec, capacity, self._head, self._noticed, self._stopped), spec
+        self._vm, self._spec = Vm(spec, capacity, self._head, self._noticed, self._stopped, self._runtime), spec
+        print(self._vm.proof, file=sys.stderr, flush=True)
         self._exchange_fd = make_file("ckptd-exchange", 8 * self._vm.geometry.pages)
         self._exchange = map_file(self._exchange_fd)
 
@@ -188,7 +194,7 @@ class QemuProcess:
         assert None not in addresses  # else it was refused
         self._tracker = process_tracker(tracker, vm.geometry, vm.pid, [at for at in addresses if at is not None])
         about = make_file("ckptd-about", 0)
-        os.pwrite(about, describe(vm.survey), 0)
+        os.pwrite(about, describe(vm.survey, vm.way), 0)
         backing = [open_backing(vm.pid, one) for one in backends_of(vm.survey)]
         self._opened = [about, *(fd for fd in backing if fd >= 0)]
         reply = {
@@ -196,22 +202,31 @@ class QemuProcess:
             "tracker": self._tracker.name, "needs_pause": self._tracker.needs_pause,
             "mapped": [fd >= 0 for fd in backing],
         }  # fmt: skip
-        own = [self._page_fd, self._attention, self._head_fd, vm.holder.wake, vm.state_fd, self._exchange_fd]
-        return reply, [*own, *self._opened]
+        own = [self._page_fd, self._attention, self._head_fd, vm.holder.wake, vm.state_fd]
+        return reply, [*own, self._exchange_fd, self._said_fd, *self._opened]
 
-    def _pause(self) -> dict[str, Any]:
+    def _pause(self, since: int) -> dict[str, Any]:
         vm = self._running
         self._paused = True
         try:
             vm.pause()
             mark = vm.holder.mark()
+            reply = {"mark": mark, "said": self._tell(vm, since, mark) if vm.holder.streams else 0}
             if not self._tracking:
-                return {"mark": mark}
+                return reply
             tracker = self._chosen
-            return {"mark": mark, **leave(tracker.harvest(), tracker.exact, self._exchange)}
+            return reply | leave(tracker.harvest(), tracker.exact, self._exchange)
         except BaseException:
             self._resume()
             raise
+
+    def _tell(self, vm: Vm, since: int, mark: int) -> int:
+        """Leave what was said on chardevs after `since` where the daemon finds it; how many bytes."""
+        told = write_records(vm.holder.said(since, mark))
+        if told:
+            os.pwrite(self._said_fd, told, 0)
+        os.ftruncate(self._said_fd, len(told))
+        return len(told)
 
     def _save(self, go_on: bool) -> dict[str, Any]:
         """The last word on a pause: the device state, what devices wrote while they were saved, and that nobody ran.

@@ -127,6 +127,10 @@ class Monitor:
             raise QmpError(command, str(message["error"].get("desc", message["error"])))
         return message["return"]
 
+    def answered(self, number: int) -> bool:
+        """Is the answer here already, so that `finish` does not wait?"""
+        return number in self._answers
+
     def wait_event(self, name: str, timeout: float) -> Event | None:
         """The next event of that name, others stay; None after so many seconds. Raises GuestError."""
         until = time.monotonic() + timeout

@@ -11,7 +11,7 @@ from ckptd.guests.qemu.cmdline import parse
 from ckptd.guests.qemu.survey import Device, Netdev, Survey
 from ckptd.units import PAGE_SIZE, format_size
 
-__all__ = ["DISK_CHOICES", "RUN_STATES", "Disks", "RunState", "refusals", "run_state"]
+__all__ = ["DISK_CHOICES", "MIGRATING", "RUN_STATES", "Disks", "RunState", "refusals", "run_state"]
 
 Disks = Literal["refuse", "shared", "ignore"]
 DISK_CHOICES = get_args(Disks)
@@ -59,7 +59,7 @@ RUN_STATES = {
 }  # fmt: skip
 """All of QEMU's RunState. "wait": nothing is broken, ckptd attaches when it runs."""
 
-_MIGRATING = frozenset({
+MIGRATING = frozenset({
     "active", "cancelling", "colo", "device", "postcopy-active", "postcopy-paused", "postcopy-recover",
     "postcopy-recover-setup", "pre-switchover", "setup", "wait-unplug",
 })  # fmt: skip
@@ -110,7 +110,7 @@ def _state(survey: Survey) -> Iterable[str]:
     state = run_state(survey.status)
     if state.verdict == "refuse":
         yield f"{state}."
-    if survey.migration in _MIGRATING and survey.status not in ("inmigrate", "finish-migrate", "colo"):
+    if survey.migration in MIGRATING and survey.status not in ("inmigrate", "finish-migrate", "colo"):
         yield (
             f"A migration is going on ({survey.migration}): wait until it has ended, or end it with `migrate_cancel`."
         )

@@ -20,7 +20,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -31,7 +31,9 @@ from ckptd.guests.process.output import append
 from ckptd.guests.qemu.cmdline import Overrides, parse, standby_command
 from ckptd.guests.qemu.qmp import Monitor, QmpError
 from ckptd.guests.qemu.ram import backends_of, geometry_of
-from ckptd.guests.qemu.state import decode
+from ckptd.guests.qemu.said import decode_said
+from ckptd.guests.qemu.saving import BY_MIGRATION
+from ckptd.guests.qemu.state import State, decode
 from ckptd.guests.qemu.survey import Survey
 from ckptd.memory.regions import Geometry
 
@@ -44,6 +46,8 @@ _END = 5.0
 _LOOK = 0.005
 
 T = TypeVar("T")
+Plan = tuple[Survey, dict[str, str], str]
+"""What to start, over which files, and how the state was saved that it shall take."""
 
 
 class _Qemu:
@@ -100,14 +104,19 @@ class QemuStandby:
 
     kind = "qemu"
 
-    def __init__(self, name: str, runtime: Path, overrides: Overrides, output: Path | None = None) -> None:
+    def __init__(
+        self, name: str, runtime: Path, overrides: Overrides, output: Path | None = None,
+        chardevs: Mapping[str, Path] | None = None,
+    ) -> None:  # fmt: skip
         self.name = name
         self._runtime = runtime
         self._overrides = overrides
         self._output = output
+        self._chardevs = chardevs or {}
+        self._let_go: set[tuple[str, bytes]] = set()  # labels and held output that are in their files
         self._qemu: _Qemu | None = None
         self._active = False
-        self._plan: tuple[Survey, dict[str, str]] | None = None  # what to start, over which files
+        self._plan: Plan | None = None
         self._replacing: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()  # one at a time works on the process
         self._promoting = False
@@ -128,7 +137,7 @@ class QemuStandby:
                 return ""
             try:
                 found = decode(state)
-                plan = self._planned(geometry, images, found.survey)
+                plan = self._planned(geometry, images, found)
                 if plan == self._plan and self.alive():
                     return ""
                 self._drop()
@@ -149,13 +158,12 @@ class QemuStandby:
         try:
             async with self._lock:
                 found = decode(state)
-                plan = self._planned(geometry, images, found.survey)
+                plan = self._planned(geometry, images, found)
                 if plan != self._plan or not self.alive():
                     self._drop()
                     self._plan = plan
                     await self._warm()
-                if held and self._output is not None:
-                    append(self._output, held)
+                self._release(held)
                 try:
                     await self._work(lambda: self._go(found.devices))
                 except GuestError as error:
@@ -164,6 +172,16 @@ class QemuStandby:
                 self._active = True
         finally:
             self._promoting = False
+
+    def _release(self, held: bytes) -> None:
+        """What the guest has said and nobody has let go; once, though a promotion may be tried again."""
+        for label, data in decode_said(held).items():
+            path = self._chardevs.get(label, self._output)
+            if path is None:
+                raise GuestError(f"there is no file for what the guest has said on {label}", guest=self.name)
+            if (label, held) not in self._let_go:
+                append(path, data)
+                self._let_go.add((label, held))
 
     async def detach(self) -> None:
         """Leave the guest running if it is active; a QEMU that only waits is ended."""
@@ -194,21 +212,25 @@ class QemuStandby:
 
     # --- the process
 
-    def _planned(self, geometry: Geometry, images: Sequence[int], survey: Survey) -> tuple[Survey, dict[str, str]]:
+    def _planned(self, geometry: Geometry, images: Sequence[int], state: State) -> Plan:
+        survey = state.survey
         if geometry_of(survey) != geometry:
             raise GuestError(f"the state is of a guest of {geometry_of(survey)}, the image of {geometry}")
         paths = [os.readlink(f"/proc/self/fd/{fd}") for fd in images]
-        return survey, {one.id: path for one, path in zip(backends_of(survey), paths, strict=True)}
+        return survey, {one.id: path for one, path in zip(backends_of(survey), paths, strict=True)}, state.way
 
-    def _command(self, plan: tuple[Survey, dict[str, str]], monitor: Path) -> list[str]:
-        return standby_command(plan[0], ram_files=plan[1], monitor=str(monitor), overrides=self._overrides)
+    def _command(self, plan: Plan, monitor: Path) -> list[str]:
+        return standby_command(
+            plan[0], ram_files=plan[1], monitor=str(monitor), overrides=self._overrides,
+            configuration=plan[2] == BY_MIGRATION,
+        )  # fmt: skip
 
-    async def _rehearse(self, plan: tuple[Survey, dict[str, str]], still: Still) -> None:
+    async def _rehearse(self, plan: Plan, still: Still) -> None:
         """Would it take the state? Over a private mapping, silently, and touching no disk. Raises GuestError."""
         monitor, log = self._runtime / "rehearsal.qmp", self._runtime / "rehearsal.log"
         command = [_private(word, plan[1].values()) for word in self._command(plan, monitor)]
         _refuse_missing_taps(command)
-        qemu = await self._started(command, plan[0], monitor, log)
+        qemu = await self._started(command, plan, monitor, log)
         try:
             async with still() as state:  # a device state fits the memory of its own epoch only
                 devices = decode(state).devices
@@ -225,14 +247,14 @@ class QemuStandby:
     async def _warm(self) -> None:
         assert self._plan is not None
         plan, monitor = self._plan, self._runtime / "guest.qmp"
-        qemu = await self._started(self._command(plan, monitor), plan[0], monitor, self._runtime / "qemu.log")
+        qemu = await self._started(self._command(plan, monitor), plan, monitor, self._runtime / "qemu.log")
         (self._runtime / "guest.pid").write_text(f"{qemu.pid}\n")
         self._qemu = qemu
         asyncio.get_running_loop().add_reader(qemu.pidfd, self._died)
 
-    async def _started(self, command: list[str], survey: Survey, monitor: Path, log: Path) -> _Qemu:
+    async def _started(self, command: list[str], plan: Plan, monitor: Path, log: Path) -> _Qemu:
         """`_start`, in a thread; whoever is cancelled meanwhile leaves no process behind."""
-        starting = asyncio.ensure_future(asyncio.to_thread(self._start, command, survey, monitor, log))
+        starting = asyncio.ensure_future(asyncio.to_thread(self._start, command, plan, monitor, log))
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -240,10 +262,10 @@ class QemuStandby:
                 (await starting).kill()
             raise
 
-    def _start(self, command: list[str], survey: Survey, monitor: Path, log: Path) -> _Qemu:
+    def _start(self, command: list[str], plan: Plan, monitor: Path, log: Path) -> _Qemu:
         """Start a QEMU that waits for a state. Raises GuestError with what it has said."""
         monitor.unlink(missing_ok=True)
-        cwd = survey.cwd if Path(survey.cwd).is_dir() else self._runtime
+        cwd = plan[0].cwd if Path(plan[0].cwd).is_dir() else self._runtime
         try:
             with log.open("wb") as out:
                 process = subprocess.Popen(
@@ -267,7 +289,8 @@ class QemuStandby:
         qemu = _Qemu(process.pid, made, process)
         try:
             # Without events nobody says when it is done; disks are not touched before the guest goes on.
-            capabilities = [{"capability": name, "state": True} for name in ("events", "late-block-activate")]
+            names = ["events", "late-block-activate", *(["x-ignore-shared"] if plan[2] == BY_MIGRATION else [])]
+            capabilities = [{"capability": name, "state": True} for name in names]
             made.execute("migrate-set-capabilities", {"capabilities": capabilities})
         except BaseException:
             qemu.kill()

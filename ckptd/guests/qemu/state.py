@@ -4,7 +4,7 @@
     4   u32 version, 1
     4   u32 bytes of the description
     16  XXH3-128 of all else
-    ... the description: msgpack, the survey (survey.py)
+    ... the description: msgpack, [how the device state was saved (saving.py), the survey (survey.py)]
     ... the device state, as QEMU wrote it
 
 Nothing of a blob is believed before its hash is right.
@@ -19,9 +19,10 @@ import msgpack
 import xxhash
 
 from ckptd.errors import GuestError
+from ckptd.guests.qemu.saving import BY_COMMAND, WAYS
 from ckptd.guests.qemu.survey import Survey
 
-__all__ = ["State", "decode", "describe", "encode"]
+__all__ = ["State", "decode", "describe", "described", "encode"]
 
 _HEAD = struct.Struct("<8sII16s")
 _MAGIC, _VERSION = b"CKPTQEMU", 1
@@ -33,12 +34,27 @@ class State:
 
     survey: Survey
     devices: bytes
+    way: str = BY_COMMAND
 
 
-def describe(survey: Survey) -> bytes:
+def describe(survey: Survey, way: str = BY_COMMAND) -> bytes:
     """The description."""
-    packed: bytes = msgpack.packb(survey.as_dict())
+    packed: bytes = msgpack.packb([way, survey.as_dict()])
     return packed
+
+
+def described(about: bytes) -> tuple[str, Survey]:
+    """How the device state was saved, and the QEMU. Raises GuestError."""
+    try:
+        way, raw = msgpack.unpackb(about)
+        survey = Survey.from_dict(raw)
+    except Exception as error:
+        raise GuestError(f"the state's description of QEMU cannot be read: {error}") from error
+    if way not in WAYS:
+        raise GuestError(
+            f"the state was saved in a way that this ckptd does not know: {way!r}", hint="run one version on both hosts"
+        )
+    return way, survey
 
 
 def encode(about: bytes, devices: bytes) -> bytes:
@@ -61,11 +77,8 @@ def decode(blob: bytes) -> State:
     body = blob[_HEAD.size :]
     if _digest(length, body) != digest or length > len(body):
         raise GuestError("the state of the QEMU guest is damaged: nothing of it was used")
-    try:
-        survey = Survey.from_dict(msgpack.unpackb(body[:length]))
-    except Exception as error:
-        raise GuestError(f"the state's description of QEMU cannot be read: {error}") from error
-    return State(survey, body[length:])
+    way, survey = described(body[:length])
+    return State(survey, body[length:], way)
 
 
 def _digest(length: int, body: bytes) -> bytes:

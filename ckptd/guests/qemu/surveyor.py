@@ -20,7 +20,7 @@ from ckptd.units import PAGE_SIZE
 
 __all__ = ["CAPABILITIES", "COMMANDS", "Monitor", "survey"]
 
-COMMANDS = (
+COMMANDS: tuple[str, ...] = (
     "announce-self", "blockdev-mirror", "chardev-add", "chardev-change", "migrate", "migrate-incoming", "object-add",
     "xen-save-devices-state",
 )  # fmt: skip
