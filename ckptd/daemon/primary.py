@@ -255,8 +255,7 @@ class PrimaryDaemon:
         while True:
             await self._until_due(link, machine)
             if self._stopping:
-                if self.guest.opens_at_detach:
-                    await self._last_epoch(link, machine)
+                await self._last_acknowledgement(link, machine)
                 link.send(machine.bye("the primary ends; the guest goes on unprotected"))
                 await link.room(0)
                 return
@@ -269,12 +268,15 @@ class PrimaryDaemon:
                 await self.ship(link, machine)
             self._calm()
 
-    async def _last_epoch(self, link: Link, machine: PrimaryMachine) -> None:
-        """What the guest has said until now becomes safe, before a detach lets go of it in any case."""
-        flight = await self.ship(link, machine)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_FAREWELL):
-                await self.wait_acknowledged(flight.epoch, link)
+    async def _last_acknowledgement(self, link: Link, machine: PrimaryMachine) -> None:
+        """Wait for what is on its way; and what the guest has said until now becomes safe, if a detach lets go of it in
+        any case."""
+        if self.guest.opens_at_detach:
+            await self.ship(link, machine)
+        if self.shipper.flights:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_FAREWELL):
+                    await self.wait_acknowledged(self.shipper.flights[-1].epoch, link)
 
     async def ship(self, link: Link, machine: PrimaryMachine, *, final: bool = False, stay: bool = False) -> Flight:
         """One epoch up to its COMMIT; see Shipper.epoch."""

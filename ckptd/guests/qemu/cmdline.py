@@ -158,7 +158,7 @@ def standby_command(
     overrides = overrides or Overrides()
     if overrides.command:
         return _whole(overrides.command, ram_files, monitor)
-    backends = {backend.id: backend for backend in survey.ram if backend.used}
+    backends = {backend.id: backend for backend in survey.ram if backend.used and not backend.firmware}
     for name in backends:
         if name not in ram_files:
             raise GuestError(f"there is no replica file for the memory backend {name}")

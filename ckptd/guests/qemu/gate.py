@@ -57,7 +57,7 @@ _READ = 1 << 16
 _LENGTH = struct.Struct(">I")
 _MOST = 1 << 20  # bytes of a packet; QEMU sends at most 69,632
 _AGAIN = 0.5  # seconds before a file that could not be written is tried again
-_MOST_SAID = 16 << 20  # bytes of chardevs: a checkpoint's OUTPUT, of 64 MiB, has to hold them and what comes until it stands
+_MOST_SAID = 16 << 20  # bytes of chardevs: an OUTPUT frame has 64 MiB, and some more comes until the guest stands
 _QUEUE = 5000  # packets; a QEMU whose guest stands keeps 10,000 for each netdev, and drops the others
 
 

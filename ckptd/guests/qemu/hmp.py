@@ -9,10 +9,14 @@ from dataclasses import dataclass, replace
 from ckptd.errors import GuestError
 from ckptd.guests.qemu.survey import Netdev, Nic
 
-__all__ = ["FlatRange", "classify", "host_address", "parse_flat_ranges", "parse_network", "parse_ram_blocks"]
+__all__ = [
+    "FlatRange", "classify", "firmware_ranges", "host_address", "parse_flat_ranges", "parse_network",
+    "parse_ram_blocks",
+]  # fmt: skip
 
 _VIDEO = re.compile(r"(?:.*/)?(?:[\w-]+[.-]vram|qxl\.\w+|vmsvga\.fifo)")
 _ROM = re.compile(r"/rom@.+|(?:[\w.-]+\.)?bios|isa-bios|pc\.rom|[0-9a-f:.]+/.+\.rom")
+_FIRMWARE = re.compile(r"(?:[\w.-]+\.)?bios")
 _FLASH = re.compile(r"system\.flash\d+")
 _RANGE = re.compile(r"  ([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ([\w/+-]+)\): (.*?)(?: @([0-9a-f]{16}))?(?: KVM)?")
 _BLOCK = re.compile(r"\s*(.*?)\s+(\d+) ([KMG])iB((?:\s+0x[0-9a-f]+){3,4})(?:\s+(?:ro|rw))?\s*")
@@ -32,6 +36,16 @@ class FlatRange:
 
 def parse_flat_ranges(text: str) -> list[FlatRange]:
     """The writable RAM of address space "memory" in the output of `info mtree -f`."""
+    return _flat_ranges(text, "ram")
+
+
+def firmware_ranges(text: str) -> list[FlatRange]:
+    """Of the same: where the machine's firmware is, from its beginning on; each once, where it ends last."""
+    found = [part for part in _flat_ranges(text, "rom") if _FIRMWARE.fullmatch(part.name) and not part.offset]
+    return list({part.name: part for part in sorted(found, key=lambda part: part.end)}.values())
+
+
+def _flat_ranges(text: str, kind: str) -> list[FlatRange]:
     found: list[FlatRange] | None = None
     inside = False
     for line in text.splitlines():
@@ -43,7 +57,7 @@ def parse_flat_ranges(text: str) -> list[FlatRange]:
             match = _RANGE.fullmatch(line)
             if match is None:
                 raise _unread("info mtree -f", line)
-            if match[3] == "ram" and found is not None:
+            if match[3] == kind and found is not None:
                 found.append(FlatRange(int(match[1], 16), int(match[2], 16), match[4], int(match[5] or "0", 16)))
     if found is None:
         raise _unread("info mtree -f", text[:200])

@@ -188,7 +188,7 @@ def _disks(survey: Survey, disks: str) -> Iterable[str]:
 
 def _ram(survey: Survey, ignore: Collection[str]) -> Iterable[str]:
     used = [backend for backend in survey.ram if backend.used]
-    if not used and survey.machine != "none":
+    if all(backend.firmware for backend in used) and survey.machine != "none":
         yield "The guest has no memory backend, so ckptd does not know where its RAM is: start it with `-m`."
     for backend in used:
         name = f"The memory backend {backend.id}"

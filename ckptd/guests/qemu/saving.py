@@ -263,7 +263,7 @@ class ByMigration:
 
     def _check(self, total: int) -> None:
         """`total`: bytes of RAM that QEMU counts as part of the migration."""
-        sizes = [backend.size for backend in self._survey.ram if backend.used]
+        sizes = [backend.size for backend in self._survey.ram if backend.used and not backend.firmware]
         if sizes and total - self._travels >= min(sizes):
             raise self._private(total - self._travels)
 

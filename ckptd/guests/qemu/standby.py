@@ -29,6 +29,7 @@ from ckptd.errors import CkptdError, GuestError, StateError
 from ckptd.guests.base import Still
 from ckptd.guests.process.output import append
 from ckptd.guests.qemu.cmdline import Overrides, parse, standby_command
+from ckptd.guests.qemu.hmp import FlatRange, host_address
 from ckptd.guests.qemu.qmp import Monitor, QmpError
 from ckptd.guests.qemu.ram import backends_of, geometry_of
 from ckptd.guests.qemu.said import decode_said
@@ -121,6 +122,7 @@ class QemuStandby:
         self._lock = asyncio.Lock()  # one at a time works on the process
         self._promoting = False
         self.replaced = 0
+        self.note = ""
 
     @property
     def active(self) -> bool:
@@ -207,7 +209,7 @@ class QemuStandby:
     def facts(self) -> dict[str, object]:
         return {
             "prepared": self._qemu is not None, "active": self._active, "pid": self._qemu.pid if self._qemu else 0,
-            "replaced": self.replaced,
+            "replaced": self.replaced, "note": self.note,
         }  # fmt: skip
 
     # --- the process
@@ -218,6 +220,15 @@ class QemuStandby:
             raise GuestError(f"the state is of a guest of {geometry_of(survey)}, the image of {geometry}")
         paths = [os.readlink(f"/proc/self/fd/{fd}") for fd in images]
         return survey, {one.id: path for one, path in zip(backends_of(survey), paths, strict=True)}, state.way
+
+    def _bring_firmware(self, qemu: _Qemu, plan: Plan) -> None:
+        """What the guest will run at a reset: a QEMU that waits for a state has loaded none."""
+        for one in plan[0].ram:
+            if one.firmware and one.used:
+                part = FlatRange(one.gpa, one.gpa + one.size - 1, one.block, 0)
+                address = host_address(qemu.monitor.human(f"gpa2hva {one.gpa:#x}"), part)
+                with open(f"/proc/{qemu.pid}/mem", "r+b", buffering=0) as memory:
+                    os.pwrite(memory.fileno(), Path(plan[1][one.id]).read_bytes(), address)
 
     def _command(self, plan: Plan, monitor: Path) -> list[str]:
         return standby_command(
@@ -301,6 +312,12 @@ class QemuStandby:
         """The guest goes on here."""
         assert self._qemu is not None
         self._qemu.load(devices, announce=True)
+        assert self._plan is not None
+        if self._plan[2] != BY_MIGRATION:  # there it came along
+            try:
+                self._bring_firmware(self._qemu, self._plan)
+            except (OSError, GuestError) as error:  # the guest lives without, until it is reset
+                self.note = f"the firmware is not there, so the guest cannot be reset: {error}"
         self._qemu.monitor.execute("cont")
         with suppress(QmpError):  # the network hears where the guest is now; without it, with its first packet
             rounds = {"initial": 50, "max": 550, "rounds": 5, "step": 100}

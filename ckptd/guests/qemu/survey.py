@@ -11,12 +11,16 @@ from typing import Any, TypeVar, get_type_hints
 
 from ckptd.errors import GuestError
 
-__all__ = ["Backend", "Block", "Chardev", "ConfigFile", "Device", "Disk", "Netdev", "Nic", "Survey"]
+__all__ = ["ROM", "Backend", "Block", "Chardev", "ConfigFile", "Device", "Disk", "Netdev", "Nic", "Survey"]
+
+
+ROM = "rom"
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A memory backend. `block` is the name of its RAM block, empty while nothing uses it.
+    """A memory backend, or the firmware (`kind` is ROM; `gpa` is where the guest finds it). `block` is the name of its
+    RAM block, empty while nothing uses it.
 
     `address` is where it begins in QEMU's address space. `file_*` tell what a mapping of it is, from /proc/PID/maps:
     a file or memfd (`file_offset` is where in it the backend begins), all empty for anonymous memory. `problem` says
@@ -35,7 +39,12 @@ class Backend:
     file_inode: int = 0
     file_offset: int = 0
     file_path: str = ""
+    gpa: int = 0
     problem: str | None = None
+
+    @property
+    def firmware(self) -> bool:
+        return self.kind == ROM
 
     @property
     def used(self) -> bool:

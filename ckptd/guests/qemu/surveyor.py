@@ -13,9 +13,17 @@ from typing import Any, Protocol
 
 from ckptd.errors import GuestError
 from ckptd.guests.qemu.cmdline import Option, parse
-from ckptd.guests.qemu.hmp import FlatRange, classify, host_address, parse_flat_ranges, parse_network, parse_ram_blocks
+from ckptd.guests.qemu.hmp import (
+    FlatRange,
+    classify,
+    firmware_ranges,
+    host_address,
+    parse_flat_ranges,
+    parse_network,
+    parse_ram_blocks,
+)
 from ckptd.guests.qemu.proc import Mapped, config_files, descriptors, fit, mappings, read_proc, threads
-from ckptd.guests.qemu.survey import Backend, Block, Chardev, Device, Disk, Netdev, Survey
+from ckptd.guests.qemu.survey import ROM, Backend, Block, Chardev, Device, Disk, Netdev, Survey
 from ckptd.units import PAGE_SIZE
 
 __all__ = ["CAPABILITIES", "COMMANDS", "Monitor", "survey"]
@@ -110,7 +118,8 @@ async def _accelerator(qmp: Monitor) -> str:
 
 async def _memory(qmp: Monitor, pid: int, default: str, fixed: set[str]) -> tuple[list[Backend], list[Block]]:
     kinds = {item["name"]: item["type"] for item in await qmp.execute("qom-list", {"path": "/objects"})}
-    ranges = parse_flat_ranges(await qmp.human("info mtree -f"))
+    text = await qmp.human("info mtree -f")
+    ranges = parse_flat_ranges(text)
     blocks = parse_ram_blocks(await qmp.human("info ramblock"))
     maps = mappings(pid)
     found: list[Backend] = []
@@ -128,6 +137,12 @@ async def _memory(qmp: Monitor, pid: int, default: str, fixed: set[str]) -> tupl
         taken.add(block[0])
         backend = Backend(name, kind, size, share, name == default, block[0], block[1], None)
         found.append(await _located(qmp, backend, ranges, maps))
+    for part in firmware_ranges(text):
+        size = part.end - part.start + 1
+        page_size = next((page for name, page, whole in blocks if (name, whole) == (part.name, size)), 0)
+        if page_size:
+            bare = Backend(part.name, ROM, size, False, False, part.name, page_size, None, gpa=part.start)
+            found.append(await _located(qmp, bare, [part], maps))
     others = []
     for name, _, size in blocks:
         if not name and idle[size]:

@@ -169,7 +169,7 @@ def copy_ram(survey: Survey, folder: Path) -> dict[str, str]:
     files = {}
     chunk = 4 << 20
     with open(f"/proc/{survey.pid}/mem", "rb", buffering=0) as memory:
-        for number, backend in enumerate(backend for backend in survey.ram if backend.used):
+        for number, backend in enumerate(one for one in survey.ram if one.used and not one.firmware):
             assert backend.address is not None, backend.problem
             path = folder / f"ram,{number}"  # a comma, which must be escaped
             with path.open("wb") as target:
