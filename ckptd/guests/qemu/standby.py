@@ -218,6 +218,8 @@ class QemuStandby:
         survey = state.survey
         if geometry_of(survey) != geometry:
             raise GuestError(f"the state is of a guest of {geometry_of(survey)}, the image of {geometry}")
+        if len(images) != len(geometry):
+            raise GuestError(f"{len(images)} descriptors for {len(geometry)} regions")
         paths = [os.readlink(f"/proc/self/fd/{fd}") for fd in images]
         return survey, {one.id: path for one, path in zip(backends_of(survey), paths, strict=True)}, state.way
 

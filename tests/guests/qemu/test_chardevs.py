@@ -532,7 +532,7 @@ def test_the_standbys_file_goes_on_without_a_gap(released: bool, label: str, run
     with speaking(*NULL, rest=2000) as vm:
         ours, theirs = vm.place / "console", runtime / "console"
         replica = Path(tempfile.mkdtemp(prefix="ckr", dir="/dev/shm"))
-        image = replica / "image"
+        images = replica / "image-ram", replica / "image-firmware"
 
         async def work() -> None:
             guest = made(vm, {"con": ours})
@@ -553,7 +553,8 @@ def test_the_standbys_file_goes_on_without_a_gap(released: bool, label: str, run
             mark = guest.gate.mark()
             held = guest.gate.held(mark)
             geometry: Geometry = guest.geometry
-            image.write_bytes(guest.memory[0][0 : geometry[0].pages].tobytes())
+            for image, rows, region in zip(images, guest.memory, geometry, strict=True):
+                image.write_bytes(rows[0 : region.pages].tobytes())
             await guest.resume()
             vm.goes_on()
             if released:
@@ -563,17 +564,18 @@ def test_the_standbys_file_goes_on_without_a_gap(released: bool, label: str, run
             await guest.detach()
             append = f"file,id=con,path={theirs},append=on"
             standby = QemuStandby("vm", runtime, Overrides(replace={"null,id=con": append}), theirs, {label: theirs})
-            fd = os.open(image, os.O_RDWR)
+            fds = [os.open(image, os.O_RDWR) for image in images]
             try:
                 await standby.prepare()
                 with pytest.raises(GuestError, match="damaged"):
-                    await standby.activate(geometry, [fd], state, held[:-1] + b"?", 0)
+                    await standby.activate(geometry, fds, state, held[:-1] + b"?", 0)
                 assert not theirs.exists() or not theirs.read_bytes()
-                await standby.activate(geometry, [fd], state, held, guest_released)
+                await standby.activate(geometry, fds, state, held, guest_released)
                 wanted = 2 * len(decode_said(held)["con"])
                 await until(lambda: theirs.stat().st_size > wanted)
             finally:
-                os.close(fd)
+                for fd in fds:
+                    os.close(fd)
                 await standby.end()
             begin, end = follows(ours.read_bytes())
             again = follows(theirs.read_bytes())[0]

@@ -161,15 +161,18 @@ def is_as_before(vm: Counting, before: dict[str, object]) -> None:
 
 
 @contextmanager
-def replica(image: bytes) -> Iterator[tuple[list[int], Path]]:
-    """A file of the image, and a folder for the standby."""
+def replica(image: Sequence[bytes]) -> Iterator[tuple[list[int], Path]]:
+    """Files of the image, one for each region, and a folder for the standby."""
     place, runtime = Path(tempfile.mkdtemp(prefix="ckr", dir="/dev/shm")), Path(tempfile.mkdtemp(prefix="ckq"))
-    (place / "image").write_bytes(image)
-    fd = os.open(place / "image", os.O_RDWR)
+    fds = []
+    for number, region in enumerate(image):
+        (place / f"image-{number}").write_bytes(region)
+        fds.append(os.open(place / f"image-{number}", os.O_RDWR))
     try:
-        yield [fd], runtime
+        yield fds, runtime
     finally:
-        os.close(fd)
+        for fd in fds:
+            os.close(fd)
         shutil.rmtree(place)
         shutil.rmtree(runtime)
 
@@ -203,7 +206,7 @@ def test_twenty_epochs_and_the_promoted_guest_is_the_same(accel: str) -> None:
             await until(lambda: len(vm.receiver.numbers) > 10)
             vm.goes_on()
             found["state"] = await saved(guest, image)
-            found["image"], found["geometry"] = image[0].tobytes(), guest.geometry
+            found["image"], found["geometry"] = [region.tobytes() for region in image], guest.geometry
             found["words"] = vm.words()
             await guest.resume()
 
@@ -220,7 +223,7 @@ def test_twenty_epochs_and_the_promoted_guest_is_the_same(accel: str) -> None:
             standby = QemuStandby("vm", runtime, Overrides())
             try:
                 assert await standby.fit(found["geometry"], images, found["state"], still) == ""
-                assert os.pread(images[0], len(found["image"]), 0) == found["image"], "the image was written"
+                assert os.pread(images[0], len(found["image"][0]), 0) == found["image"][0], "the image was written"
                 await standby.activate(found["geometry"], images, found["state"], b"", 0)
                 counter, _, packets, _ = found["words"]
                 await until(lambda: words(standby)[0] > counter + 100)
