@@ -113,6 +113,10 @@ class GuestLink:
         """The process runs: neither ended nor killed, whoever started it."""
         return self._pidfd >= 0 and not self._ended(0)
 
+    async def ends_soon(self) -> bool:
+        """It has ended, or does within a moment."""
+        return self._pidfd < 0 or await asyncio.to_thread(self._ended, _END_WAIT)
+
     async def end(self) -> None:
         """Ask it to end; kill it if it does not. Closes the link."""
         with suppress(GuestError):

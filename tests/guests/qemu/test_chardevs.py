@@ -359,7 +359,7 @@ def test_over_attach_and_detach_no_byte_is_missing_or_twice(rest: int) -> None:
 @needs_qemu
 def test_a_full_socket_leaves_nothing_to_be_said_after_the_mark() -> None:
     """QEMU has found no room, and says the rest when there is some, though the guest stands."""
-    with speaking(*NULL, rest=1) as vm:
+    with speaking(*NULL, "-rtc", "clock=vm", rest=1) as vm:  # or its clock goes on while it stands
 
         async def work() -> None:
             async with attached(vm, {"con": vm.place / "console"}) as guest:
