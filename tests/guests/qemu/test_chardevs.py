@@ -9,6 +9,7 @@ import signal
 import socket
 import tempfile
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from ckptd.guests.qemu.qmp import Monitor
 from ckptd.guests.qemu.said import decode_said, encode_said, records, write_records
 from ckptd.guests.qemu.spec import QemuSpec
 from ckptd.guests.qemu.standby import QemuStandby
+from ckptd.guests.qemu.vm import Vm
 from ckptd.memory.regions import Geometry
 
 from .machines import needs_qemu
@@ -243,6 +245,46 @@ def test_chardevs_fill_the_gate_before_a_checkpoint_cannot_hold_them(tmp_path: P
         assert len(stage.file("first")) == 16 << 20 and not stage.file()
     finally:
         stage.close()
+
+
+class _Blocked:
+    """A QEMU whose guest stands, with a port that has found its socket full: monitor and saver in one.
+
+    Each round of its main loop it says some of what it could not say.
+    """
+
+    parks = parked = False
+
+    def __init__(self, stage: Stage, rest: int) -> None:
+        self.stage, self.rest, self.events = stage, rest, deque[Any]()
+        self.unsaid = -1  # when it was saved
+
+    def poll(self) -> None:
+        pass
+
+    def execute(self, command: str) -> dict[str, str]:
+        some = min(self.rest, 200)
+        self.stage.ends[1].sendall(bytes(some))
+        self.rest -= some
+        return {"status": "paused"}
+
+    def begin(self) -> None:
+        self.unsaid = self.rest
+
+
+@pytest.mark.parametrize("rest", [0, 1, 199, 1000])
+def test_qemu_saves_only_when_its_ports_have_said_everything(stage: Stage, rest: int) -> None:
+    qemu = _Blocked(stage, rest)
+    vm = Vm.__new__(Vm)
+    vm.monitor, vm.holder, vm._saver = cast(Monitor, qemu), stage.holder, qemu  # type: ignore[assignment]
+    vm._chardevs = Chardevs(vm.monitor, vm.holder, {"con": stage.path / "con"}, stage.path)
+    vm.running = vm.own_stop = vm._saving = False
+    vm._stopped = np.zeros(64, dtype=np.uint8)
+    stage.holder.hold()
+    stage.ends[1].sendall(bytes(500))  # so much that it may have been full
+    vm.pause()
+    stage.mark()
+    assert qemu.unsaid == 0 and stage.gate.held_bytes == 500 + rest
 
 
 def test_what_came_before_the_change_goes_before_what_qemu_has_written_since(stage: Stage) -> None:
