@@ -157,7 +157,7 @@ def test_attached_under_load_again_and_again_and_nothing_is_lost_or_left(
                 dirty = await epoch(guest, image)
             assert 256 in dirty.gfns[0]
 
-        for _ in range(3 if sparse else 10):
+        for _ in range(3 if sparse else 20):
             with_guest(vm, once)
             vm.goes_on()
         nothing_is_left(vm, before)
