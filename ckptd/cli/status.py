@@ -136,7 +136,10 @@ def _replica(found: dict[str, Any]) -> Table:
     grid.add_row("digest", found["digest"])
     standby = found["standby"]
     if standby.get("active"):
-        grid.add_row("guest runs", f"here, pid {standby['pid']}, step {standby['steps']}")
+        step = f", step {standby['steps']}" if "steps" in standby else ""
+        grid.add_row("guest runs", f"here, pid {standby['pid']}{step}")
+        if standby.get("note"):
+            grid.add_row("note", standby["note"])
     elif standby.get("prepared"):
         grid.add_row("standby", f"ready, pid {standby['pid']}")
     else:

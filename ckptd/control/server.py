@@ -52,8 +52,13 @@ class ControlServer:
             raise ConfigError(
                 f"another daemon answers on {self._path}", hint="end it, or give this one another runtime.dir"
             )
-        with suppress(FileNotFoundError):
-            self._path.unlink()
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot remove the control socket that another daemon left: {error.strerror}", key="runtime.socket",
+                file=self._path,
+            ) from error  # fmt: skip
         await self._runner.setup()
         old = os.umask(0o177)
         try:

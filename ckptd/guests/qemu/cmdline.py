@@ -225,6 +225,8 @@ def _replaced(options: Iterable[Option], texts: Mapping[str, str]) -> list[Optio
     for old, new in texts.items():
         if not old:
             raise ConfigError("an empty text cannot be replaced", field="replace")
+        if not any(old in word for word in words):
+            raise ConfigError(f"{old!r} is nowhere in the command line of the primary's QEMU", field="replace")
         words = [word.replace(old, new) for word in words]
     return parse(words)
 

@@ -340,6 +340,8 @@ def test_overrides() -> None:
         derived(*argv, overrides=Overrides(drop=("netdev=slirp",)))
     with pytest.raises(ConfigError, match="empty text"):
         derived(*argv, overrides=Overrides(replace={"": "x"}))
+    with pytest.raises(ConfigError, match="'tap-x' is nowhere in the command line"):
+        derived(*argv, overrides=Overrides(replace={"tap-x": "tap-b"}))
 
 
 def test_a_whole_command_instead() -> None:
